@@ -1,0 +1,224 @@
+"""Every error that MBALL raises, in one tree.
+
+MballError
+├── ConfigError                     the configuration says something that can't be done
+├── CheckpointError                 a model's files on disk (names the file, and the tensor where there is one)
+│   ├── UnsupportedCheckpoint       no safetensors (.bin only), custom code, an unknown architecture
+│   ├── MissingShard                the index names a file that is not there
+│   ├── TensorMismatch              a tensor is missing, unexpected, or of another shape than the module wants
+│   ├── ReadError                   a short read, EIO, a file that shrank while it was read
+│   └── HeaderError                 a safetensors header breaks the format; one subclass per defect
+│       ├── HeaderTooShort  ├── HeaderTooLarge  ├── HeaderStart  ├── HeaderJson  ├── DuplicateName
+│       ├── UnknownField  ├── BadMetadata  ├── BadDtype  ├── BadShape  ├── BadOffsets
+│       └── SizeMismatch  └── FileTruncated
+├── DeviceError                     a device or its memory
+│   └── DeviceOutOfMemory           more bytes wanted than the device has free
+├── TransitionError                 a move between residencies failed
+│   ├── IllegalMove                 not in the table of moves
+│   └── WorkerDied                  the worker's process ended
+├── RequestError                    a request can't be served; carries an HTTP status and an OpenAI code
+│   ├── InvalidRequest (400)  ├── UnknownModel (404)  ├── PayloadTooLarge (413)
+│   └── Unavailable (503, with retry_after_s)
+│       ├── ModelDoesNotFit  ├── ModelFailed  ├── QueueTimeout  └── Draining
+└── Cancelled                       the caller gave up; nothing was kept
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from mball.units import format_bytes
+
+
+class MballError(Exception):
+    """Base of every error here. Its text names the thing, the numbers and the way out."""
+
+
+class ConfigError(MballError):
+    """The configuration says something that cannot be done."""
+
+
+class Cancelled(MballError):
+    """The caller gave up; nothing was kept."""
+
+
+class CheckpointError(MballError):
+    """A defect in a model's files.
+
+    `file` is the path as given; `tensor` the tensor's name where the defect belongs to one.
+    """
+
+    def __init__(self, message: str, *, file: str, tensor: str | None = None) -> None:
+        where = f"{file}: tensor {tensor!r}" if tensor is not None else file
+        super().__init__(f"{where}: {message}")
+        self.file = file
+        self.tensor = tensor
+
+
+class UnsupportedCheckpoint(CheckpointError):
+    """The folder holds nothing that is loaded here: pickled weights alone, custom code, an unknown architecture."""
+
+
+class MissingShard(CheckpointError):
+    """The index names a shard that is not in the folder."""
+
+
+class TensorMismatch(CheckpointError):
+    """A tensor is missing, unexpected, or has another shape than the module wants."""
+
+
+class ReadError(CheckpointError):
+    """A short read, an I/O error, or a file that changed its size while it was read."""
+
+
+class HeaderError(CheckpointError):
+    """A safetensors header breaks the format (https://github.com/huggingface/safetensors#format)."""
+
+
+class HeaderTooShort(HeaderError):
+    """The file is smaller than its eight-byte header length, or the header is empty."""
+
+
+class HeaderTooLarge(HeaderError):
+    """The header is over 100 MB, or reaches past the end of the file."""
+
+
+class HeaderStart(HeaderError):
+    """The header's first byte is not `{`."""
+
+
+class HeaderJson(HeaderError):
+    """The header is not UTF-8, not JSON, or not a JSON object of objects."""
+
+
+class DuplicateName(HeaderError):
+    """A name or a field stands twice in one object."""
+
+
+class UnknownField(HeaderError):
+    """A tensor has a field other than dtype, shape and data_offsets, or lacks one of them."""
+
+
+class BadMetadata(HeaderError):
+    """`__metadata__` is not a map of strings to strings."""
+
+
+class BadDtype(HeaderError):
+    """A dtype that safetensors does not define."""
+
+
+class BadShape(HeaderError):
+    """A shape that is not a list of non-negative integers, or whose product overflows."""
+
+
+class BadOffsets(HeaderError):
+    """Offsets that are reversed, overlap, leave a hole, or are not two non-negative integers."""
+
+
+class SizeMismatch(HeaderError):
+    """shape × dtype is not the number of bytes between the offsets."""
+
+
+class FileTruncated(HeaderError):
+    """The file is shorter, or longer, than its header says."""
+
+
+class DeviceError(MballError):
+    """A device, or memory on it, failed."""
+
+
+class DeviceOutOfMemory(DeviceError):
+    """More bytes were wanted than the device has free."""
+
+    def __init__(self, device: str, wanted_bytes: int, free_bytes: int, total_bytes: int) -> None:
+        super().__init__(
+            f"{device}: {format_bytes(wanted_bytes)} wanted, {format_bytes(free_bytes)} free "
+            f"of {format_bytes(total_bytes)}"
+        )
+        self.wanted_bytes = wanted_bytes
+        self.free_bytes = free_bytes
+        self.total_bytes = total_bytes
+
+
+class TransitionError(MballError):
+    """A move of a model between residencies failed."""
+
+
+class IllegalMove(TransitionError):
+    """The move is not in the table of moves."""
+
+
+class WorkerDied(TransitionError):
+    """The worker's process ended while it was needed."""
+
+
+class RequestError(MballError):
+    """A request that cannot be served.
+
+    `status` is the HTTP status; `code` and `param` are the fields of OpenAI's error object of those names.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code if code is not None else type(self).code
+        self.param = param
+
+
+class InvalidRequest(RequestError):
+    """The request itself is wrong; trying again will not help."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class UnknownModel(InvalidRequest):
+    """No model of that name is configured."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class PayloadTooLarge(InvalidRequest):
+    """The body is larger than is accepted."""
+
+    status = 413
+    code = "payload_too_large"
+
+
+class Unavailable(RequestError):
+    """The request is right but cannot be served now. `retry_after_s` is None where trying again will not help."""
+
+    status = 503
+    type = "unavailable_error"
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
+
+
+class ModelDoesNotFit(Unavailable):
+    """The model alone needs more than the device has in all."""
+
+    code = "model_does_not_fit"
+
+
+class ModelFailed(Unavailable):
+    """The model's worker could not be started or could not load the model."""
+
+    code = "model_failed"
+
+
+class QueueTimeout(Unavailable):
+    """The model could not be brought in before the request's deadline."""
+
+    code = "queue_timeout"
+
+
+class Draining(Unavailable):
+    """The server is shutting down."""
+
+    code = "shutting_down"

@@ -1,0 +1,225 @@
+"""The control channel between the manager and a worker: JSON messages, with at most one descriptor each.
+
+The manager makes a SOCK_SEQPACKET pair and the worker inherits one end. When either end closes the other learns it:
+a worker whose channel closes ends itself. Messages:
+
+    worker → manager   {"event": "hello", "pid": …, "baseline_bytes": …, "weights_bytes": …, "kv_bytes": …,
+                        "image_bytes": …}                      once, when its HTTP socket listens
+                       {"event": "progress", "loaded_bytes": …, "total_bytes": …}
+                       {"event": "failed", "error": …}          it cannot start; it exits after that
+    manager → worker   {"id": 7, "verb": "promote", …}
+    worker → manager   {"id": 7, "result": {…}}  or  {"id": 7, "error": {"type": …, "message": …}}
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from mball import errors
+
+MESSAGE_BYTES = 64 * 1024
+"""The largest message that is sent or taken."""
+
+Message = dict[str, Any]
+Handler = Callable[[Message, int | None], Awaitable[Message]]
+"""A worker's verb: takes the message and the descriptor that came with it (the handler owns it), gives the result."""
+
+
+class ChannelClosed(errors.WorkerDied):
+    """The other end of a control channel is gone."""
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """(manager's end, worker's end); the worker's end may be inherited."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.set_inheritable(True)
+    return ours, theirs
+
+
+class Channel:
+    """One end. `receive` is called by one task alone; `send` by any."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._sending = asyncio.Lock()
+
+    async def send(self, message: Message, fd: int | None = None) -> None:
+        """Raises ChannelClosed, or ValueError for a message over MESSAGE_BYTES. `fd` stays the caller's."""
+        data = json.dumps(message).encode()
+        if len(data) > MESSAGE_BYTES:
+            raise ValueError(f"a control message of {len(data)} bytes is over {MESSAGE_BYTES}")
+        rights = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        async with self._sending:
+            while True:
+                try:
+                    self._sock.sendmsg([data], rights)
+                    return
+                except (BlockingIOError, InterruptedError):
+                    await self._ready(writing=True)
+                except OSError as error:
+                    raise ChannelClosed(f"control channel: {error}") from None
+
+    async def receive(self) -> tuple[Message, int | None]:
+        """The next message and its descriptor (the caller owns it). Raises ChannelClosed."""
+        while True:
+            try:
+                data, rights, flags, _ = self._sock.recvmsg(MESSAGE_BYTES, socket.CMSG_SPACE(4))
+            except (BlockingIOError, InterruptedError):
+                await self._ready(writing=False)
+                continue
+            except OSError as error:
+                raise ChannelClosed(f"control channel: {error}") from None
+            fd = _descriptor(rights)
+            message = _decode(data) if data and not flags & socket.MSG_TRUNC else None
+            if message is None:
+                if fd is not None:
+                    os.close(fd)
+                raise ChannelClosed(
+                    "control channel: closed" if not data else "control channel: not a message"
+                )
+            return message, fd
+
+    async def _ready(self, *, writing: bool) -> None:
+        loop = asyncio.get_running_loop()
+        ready = loop.create_future()
+
+        def wake() -> None:
+            if not ready.done():
+                ready.set_result(None)
+
+        if self._sock.fileno() < 0:
+            raise ChannelClosed("control channel: closed")
+        add, remove = (
+            (loop.add_writer, loop.remove_writer) if writing else (loop.add_reader, loop.remove_reader)
+        )
+        add(self._sock, wake)
+        try:
+            await ready
+        finally:
+            if self._sock.fileno() >= 0:
+                remove(self._sock)
+
+    def close(self) -> None:
+        """Idempotent. A `receive` under way is not woken: cancel its task first."""
+        self._sock.close()
+
+
+def _descriptor(rights: list[tuple[int, int, bytes]]) -> int | None:
+    for level, kind, data in rights:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds = array.array("i")
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+            for fd in fds:
+                os.set_inheritable(fd, False)
+            return fds[0]
+    return None
+
+
+def _decode(data: bytes) -> Message | None:
+    try:
+        message = json.loads(data)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
+
+
+class Caller:
+    """The manager's side: calls verbs, and hands events to `on_event`."""
+
+    def __init__(self, channel: Channel, on_event: Callable[[Message], None]) -> None:
+        self._channel = channel
+        self._on_event = on_event
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Message]] = {}
+        self._closed = False
+        self._task = asyncio.create_task(self._read(), name="control-reader")
+
+    async def call(self, verb: str, *, deadline_s: float, fd: int | None = None, **arguments: Any) -> Message:
+        """The verb's result.
+
+        Raises WorkerDied when the channel closes, TimeoutError past the deadline, and TransitionError with the
+        worker's message where the worker answered with an error (DeviceOutOfMemory keeps its name in the text).
+        """
+        if self._closed:
+            raise ChannelClosed("control channel: closed")
+        number = next(self._ids)
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = answer
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._channel.send({"id": number, "verb": verb, **arguments}, fd)
+                message = await answer
+        finally:
+            self._waiting.pop(number, None)
+        if "error" in message:
+            error = message["error"]
+            raise errors.TransitionError(f"{verb}: {error.get('type')}: {error.get('message')}")
+        result: Message = message.get("result") or {}
+        return result
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                message, fd = await self._channel.receive()
+                if fd is not None:
+                    os.close(fd)
+                waiting = self._waiting.get(message.get("id", 0))
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(message)
+                elif "event" in message:
+                    self._on_event(message)
+        except ChannelClosed as closed:
+            self._fail(closed)
+        finally:
+            self._fail(ChannelClosed("control channel: closed"))
+
+    def _fail(self, error: ChannelClosed) -> None:
+        self._closed = True
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(error)
+
+    async def close(self) -> None:
+        """Ends the reader and the socket; calls under way raise WorkerDied."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        self._channel.close()
+
+
+async def serve(channel: Channel, verbs: dict[str, Handler]) -> None:
+    """The worker's side: answers verbs, each in its own task, until the manager's end closes; then returns.
+
+    An MballError or OSError of a handler becomes an error answer; an unknown verb too.
+    """
+    async with asyncio.TaskGroup() as tasks:
+        try:
+            while True:
+                message, fd = await channel.receive()
+                tasks.create_task(_answer(channel, verbs, message, fd))
+        except ChannelClosed:
+            return
+
+
+async def _answer(channel: Channel, verbs: dict[str, Handler], message: Message, fd: int | None) -> None:
+    number, verb = message.get("id"), str(message.get("verb"))
+    handler = verbs.get(verb)
+    try:
+        if handler is None:
+            if fd is not None:
+                os.close(fd)
+            raise errors.TransitionError(f"unknown verb {verb!r}")
+        reply: Message = {"id": number, "result": await handler(message, fd)}
+    except (errors.MballError, OSError, ValueError, RuntimeError) as error:
+        reply = {"id": number, "error": {"type": type(error).__name__, "message": str(error)[:4000]}}
+    with contextlib.suppress(ChannelClosed):
+        await channel.send(reply)

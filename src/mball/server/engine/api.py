@@ -1,0 +1,146 @@
+"""What a worker's HTTP side and an engine agree on.
+
+Text is the worker's business (chat templates, detokenisation, stop strings); an engine sees token ids alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one sequence is sampled. The names are OpenAI's and vLLM's.
+
+    `seed` is always set (the worker draws one where the client gave none), so that a sequence draws the same noise
+    in any batch and after any swap. `temperature` 0 is greedy. `top_k` 0 means all. `logprobs` is the number of
+    alternatives wanted beside the sampled token (0: the sampled token's alone; None: none at all).
+    """
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to continue. `prompt` holds at least one token id."""
+
+    request_id: str
+    prompt: Sequence[int]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """log p of one token after temperature-free softmax of the raw logits (OpenAI's meaning)."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One step of one sequence.
+
+    `token_id` is None only in a last output that carries no token (abort, error). A stop token is delivered, with
+    `finish_reason` "stop"; the worker leaves it out of the text.
+    """
+
+    token_id: int | None
+    logprob: Logprob | None = None
+    top_logprobs: tuple[Logprob, ...] = ()
+    prompt_logprobs: tuple[Logprob | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+Emit = Callable[[Output], None]
+"""Called from the engine's thread, in order; the last call has a finish_reason. It must not block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promoted:
+    """What bringing weights and KV to the device took."""
+
+    weights_bytes: int
+    kv_bytes: int
+    load_s: float
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Demoted:
+    """What giving the device back took. `released_bytes` is what was unmapped."""
+
+    released_bytes: int
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """Numbers of the moment. Bytes are device bytes."""
+
+    resident: bool
+    running: int
+    waiting: int
+    kv_blocks_total: int
+    kv_blocks_free: int
+    weights_bytes: int
+    kv_bytes: int
+
+
+class Residency(Protocol):
+    """The memory verbs that every engine has. All block; none is called while another runs."""
+
+    def promote(self, image_fd: int | None, progress: Callable[[int, int], None] | None = None) -> Promoted:
+        """Weights from the image where `image_fd` is given, else from the source shards; a fresh KV pool.
+
+        Raises DeviceOutOfMemory, CheckpointError. After an error nothing is held on the device.
+        """
+
+    def demote(self) -> Demoted:
+        """Give weights and KV back. The caller has drained the engine; what still runs ends with "abort"."""
+
+    def fill_image(self, image_fd: int) -> int:
+        """Copy the source shards into the image (a memfd of `image_bytes`); returns the bytes written."""
+
+    @property
+    def image_bytes(self) -> int: ...
+
+    def close(self) -> None:
+        """End the engine's threads within a bounded time."""
+
+
+class Generator(Residency, Protocol):
+    """An engine that continues sequences."""
+
+    def submit(self, request: GenerateRequest, emit: Emit) -> None:
+        """Queue a sequence. Thread-safe, does not block. A sequence that can never fit ends with "error"."""
+
+    def abort(self, request_id: str) -> None:
+        """End a sequence and free its slot before the next step. Thread-safe; unknown ids are ignored."""
+
+    def status(self) -> EngineStatus: ...
+
+
+class Embedder(Residency, Protocol):
+    """An engine that maps token sequences to vectors."""
+
+    def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """One vector of `hidden_size` floats per prompt, pooled and normalised as the model's files say. Blocks."""
+
+    def status(self) -> EngineStatus: ...

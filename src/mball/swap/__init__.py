@@ -1,0 +1,1 @@
+"""Swap: NVMe as the lowest rung for weights, cold layers and KV blocks."""
