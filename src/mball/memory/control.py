@@ -83,9 +83,7 @@ class Channel:
             if message is None:
                 if fd is not None:
                     os.close(fd)
-                raise ChannelClosed(
-                    "control channel: closed" if not data else "control channel: not a message"
-                )
+                raise ChannelClosed("control channel: closed" if not data else "control channel: not a message")
             return message, fd
 
     async def _ready(self, *, writing: bool) -> None:
@@ -98,9 +96,7 @@ class Channel:
 
         if self._sock.fileno() < 0:
             raise ChannelClosed("control channel: closed")
-        add, remove = (
-            (loop.add_writer, loop.remove_writer) if writing else (loop.add_reader, loop.remove_reader)
-        )
+        add, remove = (loop.add_writer, loop.remove_writer) if writing else (loop.add_reader, loop.remove_reader)
         add(self._sock, wake)
         try:
             await ready
