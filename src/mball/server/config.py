@@ -1,0 +1,161 @@
+"""The configuration: YAML < `MBALL_` environment < command-line flags; the later wins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from mball.errors import ConfigError
+from mball.units import GiB, MiB, parse_bytes
+
+_SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}], "examples": ["1.5GiB", "512MiB"]}
+ConfigSize = Annotated[int, BeforeValidator(parse_bytes), Field(json_schema_extra=_SIZE_SCHEMA)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class ModelConfig(BaseModel):
+    """One model. Engine options carry vLLM's names."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
+
+    path: Path = Field(description="A folder with config.json and safetensors.")
+    name: str = Field(default="", pattern=r"^[^\s/][^\s]*$|^$", description="The name clients use; the folder's name.")
+    engine: Literal["transformers"] = "transformers"
+    task: Literal["auto", "generate", "embed"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = Field(default=None, ge=1, description="Tokens of context; the model's own by default.")
+    max_num_seqs: int = Field(default=8, ge=1, le=1024, description="Sequences in one batch.")
+    max_num_batched_tokens: int = Field(default=512, ge=1, description="Tokens in one step of the engine.")
+    kv_cache_memory_bytes: ConfigSize | None = Field(
+        default=None, description="Size of the KV pool; by default chosen."
+    )
+    pinned: bool = Field(default=False, description="Once on the device, never demoted.")
+    preload: bool = Field(default=False, description="Bring it in at start, before the first request.")
+    trust_remote_code: bool = Field(default=False, description="Allow Python code in the model's folder.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_from_path(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"path": data}
+        if isinstance(data, Mapping) and data.get("path") and not data.get("name"):
+            data = {**data, "name": Path(str(data["path"])).expanduser().absolute().name}
+        return data
+
+
+class Config(BaseSettings):
+    """What `mball serve` runs with."""
+
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
+        env_prefix="MBALL_", env_nested_delimiter="__", extra="forbid", frozen=True
+    )
+
+    models: list[ModelConfig] = Field(default_factory=list)
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    device: str = Field(
+        default="cpu",
+        pattern=r"^(cpu|cuda(:.+)?|simulated:.+)$",
+        description="cpu, cuda, cuda:GPU-uuid, or simulated:PATH (a pretended GPU whose state is the file at PATH).",
+    )
+    device_memory_bytes: ConfigSize = Field(
+        default=2 * GiB, description="What awake models may hold together, weights, KV and working memory."
+    )
+    dram_bytes: ConfigSize = Field(default=4 * GiB, description="DRAM for images of models that are not on the device.")
+    threads: int = Field(default=2, ge=1, description="Compute threads per worker on the CPU.")
+    max_body_bytes: ConfigSize = Field(default=16 * MiB, description="The largest request body.")
+    max_queue: int = Field(default=1024, ge=1, description="Requests that may wait for their models, in all.")
+    queue_timeout_s: Seconds = Field(default=600.0, description="How long a request may wait for its model.")
+    request_timeout_s: Seconds = Field(default=3600.0, description="How long a request may take in all.")
+    start_timeout_s: Seconds = Field(default=300.0, description="How long a worker may take to start.")
+    drain_timeout_s: Seconds = Field(default=30.0, description="How long a shutdown waits for requests under way.")
+    max_wait_s: Seconds = Field(
+        default=5.0, description="A request older than this may end another model's stay on the device."
+    )
+    swap_time_share: float = Field(
+        default=0.2, gt=0, le=1, description="A stay is long enough that swapping takes at most this share of time."
+    )
+    runtime_dir: Path | None = Field(default=None, description="Sockets; a private temporary folder by default.")
+    log_dir: Path | None = Field(default=None, description="One log per model; inside runtime_dir by default.")
+
+    file_values: ClassVar[dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Config:
+        seen: set[str] = set()
+        for model in self.models:
+            if model.name in seen:
+                raise ValueError(f"two models are called {model.name!r}: give one of them another name")
+            seen.add(model.name)
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=cls.file_values))
+
+
+def load_config(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Config:
+    """The configuration from a YAML file, the environment and flags (None means not given).
+
+    Relative model paths in the file are taken from the file's folder. Raises ConfigError.
+    """
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    source: type[Config] = type("Config", (Config,), {"file_values": _read_yaml(file) if file else {}, "__doc__": ""})
+    try:
+        return source(**given)
+    except (ValidationError, SettingsError) as error:
+        raise ConfigError(f"{file or 'configuration'}: {_reasons(error)}") from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such config file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: a mapping of settings is wanted, not a {type(values).__name__}")
+    if isinstance(models := values.get("models"), list):
+        values["models"] = [_beside(file.parent, model) for model in models]
+    return values
+
+
+def _beside(folder: Path, model: Any) -> Any:
+    if isinstance(model, str):
+        model = {"path": model}
+    if isinstance(model, dict) and isinstance(path := model.get("path"), str):
+        return {**model, "path": str(folder / Path(path).expanduser())}
+    return model
+
+
+def _reasons(error: ValidationError | SettingsError) -> str:
+    if isinstance(error, SettingsError):
+        return str(error)
+    return "; ".join(f"{'.'.join(map(str, part['loc'])) or 'config'}: {part['msg']}" for part in error.errors())
+
+
+def json_schema() -> str:
+    """The JSON schema of the YAML file."""
+    schema = Config.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return json.dumps(schema, indent=2) + "\n"
