@@ -1,0 +1,3 @@
+from mball.server.cli import main
+
+main()

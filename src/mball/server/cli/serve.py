@@ -1,0 +1,62 @@
+"""serve, and the configuration's schema."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mball.errors import ConfigError
+
+
+def serve(
+    models: Annotated[list[Path] | None, typer.Argument(help="Model folders; besides those of --config none.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file (`mball config-schema`).")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [8000]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:GPU-uuid, simulated:PATH. [cpu]")] = None,
+    device_memory: Annotated[str | None, typer.Option(help="What awake models may hold together, as 900MiB.")] = None,
+    dram: Annotated[str | None, typer.Option(help="DRAM for images of models off the device, as 4GiB.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads of a worker on the CPU.")] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="Where the models' logs go.")] = None,
+    fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Serve models behind one OpenAI-compatible address."""
+    from mball.server import run
+    from mball.server.config import load_config
+    from mball.server.log import configure_logging
+
+    flags = {
+        "models": [{"path": path} for path in models] if models else None,
+        "host": host,
+        "port": port,
+        "device": device,
+        "device_memory_bytes": device_memory,
+        "dram_bytes": dram,
+        "threads": threads,
+        "log_dir": log_dir,
+    }
+    loaded = load_config(config, flags)
+    if not loaded.models:
+        raise ConfigError("no model to serve: name model folders, or a --config with `models:`")
+    configure_logging()
+    sock = socket.socket(fileno=fd) if fd is not None else run.bind(loaded.host, loaded.port)
+    address = sock.getsockname()
+    names = ", ".join(model.name for model in loaded.models)
+    typer.echo(f"MBALL serves {names} on http://{address[0]}:{address[1]}/v1", file=sys.stderr)
+    run.serve(loaded, sock)
+
+
+def config_schema() -> None:
+    """Print the JSON schema of the YAML configuration."""
+    from mball.server.config import json_schema
+
+    typer.echo(json_schema(), nl=False)
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command()(serve)
+    app.command("config-schema")(config_schema)

@@ -1,0 +1,88 @@
+"""A small client of a running server, for the command line and the demo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2 as httpx
+
+from mball.errors import MballError
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+_PROBE_TIMEOUT_S = 30.0
+_ANSWER_TIMEOUT_S = 3600.0
+
+
+class ServerUnreachable(MballError):
+    """No server answers at the address."""
+
+
+class ServerRefused(MballError):
+    """The server answered with an error."""
+
+
+class Client:
+    """Raises ServerUnreachable or ServerRefused from every call."""
+
+    def __init__(self, url: str = DEFAULT_URL) -> None:
+        self.url = url.rstrip("/")
+        self._http = httpx.Client(base_url=self.url, timeout=httpx.Timeout(_PROBE_TIMEOUT_S, read=_ANSWER_TIMEOUT_S))
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def state(self) -> dict[str, Any]:
+        """What GET /mball/v1/state says."""
+        return self._request("GET", "/mball/v1/state")
+
+    def models(self) -> list[str]:
+        return [card["id"] for card in self._request("GET", "/v1/models")["data"]]
+
+    def move(self, model: str, verb: str) -> dict[str, Any]:
+        """`verb` is load, unload, pin or unpin; the model's state after it."""
+        return self._request("POST", f"/mball/v1/models/{model}/{verb}")
+
+    def chat(self, model: str, messages: list[dict[str, str]], **options: Any) -> Iterator[str]:
+        """The pieces of a streamed answer's text."""
+        body = {"model": model, "messages": messages, "stream": True, **options}
+        try:
+            with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.is_error:
+                    response.read()
+                    raise ServerRefused(_message(response))
+                for line in response.iter_lines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise ServerRefused(event["error"]["message"])
+                    for choice in event["choices"]:
+                        if text := choice["delta"].get("content"):
+                            yield text
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from None
+
+    def _request(self, method: str, path: str) -> dict[str, Any]:
+        try:
+            response = self._http.request(method, path)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from None
+        if response.is_error:
+            raise ServerRefused(_message(response))
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def _unreachable(self, error: httpx.HTTPError) -> ServerUnreachable:
+        return ServerUnreachable(f"no answer from {self.url} ({error}); start it with `mball serve`, or name --url")
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{response.request.url}: HTTP {response.status_code}"

@@ -1,0 +1,97 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from mball import __version__
+from mball.errors import MballError, UnknownModel
+from mball.memory.manager import Manager
+from mball.server.config import Config
+from mball.server.gateway import admin, errors
+from mball.server.gateway.proxy import Forward, Workers
+from mball.server.gateway.requests import read_call
+
+FORWARDED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+"""What reaches a worker; nothing else does."""
+
+
+def create_app(manager: Manager, config: Config) -> FastAPI:
+    """The gateway over a manager, which starts and closes with the app."""
+    workers = Workers()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            await manager.start()
+            yield
+        finally:
+            await manager.close(config.drain_timeout_s)
+            await workers.close()
+
+    app = FastAPI(title="MBALL", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_exception_handler(MballError, errors.on_mball_error)
+    app.add_exception_handler(HTTPException, errors.on_http_error)
+    app.add_exception_handler(Exception, errors.on_unexpected)
+    app.include_router(_openai(manager, workers, config))
+    app.include_router(_probes(manager))
+    app.include_router(admin.router(manager))
+    return app
+
+
+def _openai(manager: Manager, workers: Workers, config: Config) -> APIRouter:
+    router = APIRouter(prefix="/v1")
+    started = int(time.time())
+
+    async def forward(request: Request) -> Response:
+        call = await read_call(request, config.max_body_bytes)
+        return Forward(
+            call,
+            request.url.path,
+            manager,
+            workers,
+            queue_timeout_s=config.queue_timeout_s,
+            timeout_s=config.request_timeout_s,
+        )
+
+    for path in FORWARDED_PATHS:
+        router.add_api_route(path.removeprefix("/v1"), forward, methods=["POST"], response_class=Response)
+
+    def card(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": started, "owned_by": "mball"}
+
+    @router.get("/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card(name) for name in manager.names()]}
+
+    @router.get("/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name not in manager.names():
+            raise UnknownModel(f"the model {name!r} is not served here (see GET /v1/models)", param="model")
+        return card(name)
+
+    return router
+
+
+def _probes(manager: Manager) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @router.get("/ready")
+    async def ready() -> JSONResponse:
+        """It takes requests: not shutting down, and not every model failed."""
+        why = manager.not_ready()
+        return JSONResponse({"ready": why is None, "reason": why}, status_code=200 if why is None else 503)
+
+    return router

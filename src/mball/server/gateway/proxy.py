@@ -1,0 +1,138 @@
+"""A request goes to its model's worker; the worker's bytes come back as they are."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from typing import Any
+
+import aiohttp
+import structlog
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from mball.errors import MballError, Unavailable
+from mball.memory.manager import Manager
+from mball.server.gateway.errors import error_body
+from mball.server.gateway.requests import Call
+
+_log = structlog.get_logger(__name__)
+_FORWARDED_HEADERS = ("content-type", "content-length", "cache-control", "retry-after")
+_CONNECT_TIMEOUT_S = 10.0
+
+
+class Workers:
+    """HTTP sessions to the workers' unix sockets, one per socket."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
+
+    def session(self, socket_path: str) -> aiohttp.ClientSession:
+        session = self._sessions.get(socket_path)
+        if session is None:
+            # A worker's answer may take as long as the request may; the request's own deadline bounds it.
+            session = self._sessions[socket_path] = aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(socket_path, limit=0),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
+                auto_decompress=False,
+            )
+        return session
+
+    async def close(self) -> None:
+        sessions, self._sessions = list(self._sessions.values()), {}
+        for session in sessions:
+            await session.close()
+
+
+class Forward(Response):
+    """Waits until the model is on the device, then streams the worker's answer.
+
+    A client that leaves, waiting or streaming, ends it at once: the connection to the worker closes and the worker
+    frees the sequence. A worker that dies gives a 503 before the first byte; after it an error event ends a stream.
+    """
+
+    def __init__(
+        self, call: Call, path: str, manager: Manager, workers: Workers, *, queue_timeout_s: float, timeout_s: float
+    ) -> None:
+        super().__init__()
+        self._call = call
+        self._path = path
+        self._manager = manager
+        self._workers = workers
+        self._queue_timeout_s = queue_timeout_s
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _unless_disconnected(self._serve(send), receive)
+
+    async def _serve(self, send: Send) -> None:
+        answer = _Answer(send, self._call.stream)
+        try:
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self._manager.admit(self._call.model, deadline_s=self._queue_timeout_s) as ticket,
+            ):
+                session = self._workers.session(ticket.socket_path)
+                async with session.post(
+                    f"http://worker{self._path}", data=self._call.body, headers={"content-type": "application/json"}
+                ) as upstream:
+                    await answer.relay(upstream)
+        except TimeoutError:
+            await answer.fail(Unavailable(f"{self._call.model}: no whole answer within {self._timeout_s:.0f} s"))
+        except (aiohttp.ClientError, ConnectionError) as error:
+            _log.warning("worker lost", model=self._call.model, error=repr(error))
+            lost = f"{self._call.model}: its worker ended while it answered; try again"
+            await answer.fail(Unavailable(lost, retry_after_s=self._manager.retry_after_s(self._call.model)))
+
+
+class _Answer:
+    """The client's side of one answer: exactly one outcome."""
+
+    def __init__(self, send: Send, stream: bool) -> None:
+        self._send = send
+        self._stream = stream
+        self._started = False
+
+    async def relay(self, upstream: aiohttp.ClientResponse) -> None:
+        headers = [(k.encode(), upstream.headers[k].encode()) for k in _FORWARDED_HEADERS if k in upstream.headers]
+        chunks = upstream.content.iter_any()
+        first = await anext(chunks, b"")
+        await self._send({"type": "http.response.start", "status": upstream.status, "headers": headers})
+        self._started = True
+        await self._send({"type": "http.response.body", "body": first, "more_body": True})
+        async for chunk in chunks:
+            await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def fail(self, error: MballError) -> None:
+        """An error response where nothing was sent; else an error event where it is a stream, and the end."""
+        if not self._started:
+            raise error
+        if self._stream:
+            event = f"data: {json.dumps(error_body(error))}\n\n".encode()
+            await self._send({"type": "http.response.body", "body": event})
+        else:
+            # A body cut short of its content-length: the connection closes and the client sees it.
+            raise ConnectionAbortedError(str(error))
+
+
+async def _unless_disconnected(work: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Runs `work`; cancels it when the client leaves. Raises what `work` raises."""
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if not task.done():
+            task.cancel()
+        leaving.cancel()
+        await asyncio.wait({task, leaving})
+    if not task.cancelled():
+        task.result()
+
+
+async def _disconnect(receive: Receive) -> None:
+    message: Message = {"type": ""}
+    while message["type"] != "http.disconnect":
+        message = await receive()

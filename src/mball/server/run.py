@@ -1,0 +1,139 @@
+"""Runs the gateway: its socket, its signals, and a server as a context for the batch CLI, the demo and tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import httpx2 as httpx
+import uvicorn
+
+from mball.errors import ConfigError, MballError
+from mball.memory.manager import Manager
+from mball.server.catalog import build_manager
+from mball.server.config import Config
+from mball.server.gateway.app import create_app
+
+_READY_TIMEOUT_S = 120.0
+_STOP_MARGIN_S = 30.0
+
+
+class _Server(uvicorn.Server):
+    """On the first signal the waiting requests get their 503 and those under way go on; on the second all ends."""
+
+    def __init__(self, config: uvicorn.Config, manager: Manager) -> None:
+        super().__init__(config)
+        self._manager = manager
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._manager.begin_drain()
+        super().handle_exit(sig, frame)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigError where the address can't be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(2048)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"{host}:{port}: {error.strerror or error}; name another address or `--port`") from None
+    return sock
+
+
+def serve(config: Config, sock: socket.socket) -> None:
+    """Serves until SIGTERM or SIGINT. Blocks; owns `sock`."""
+    with _runtime_dir(config) as runtime_dir:
+        manager = build_manager(config, runtime_dir)
+        server = _Server(
+            uvicorn.Config(
+                create_app(manager, config),
+                log_config=None,
+                access_log=False,
+                lifespan="on",
+                timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
+                timeout_keep_alive=30,
+                h11_max_incomplete_event_size=64 * 1024,
+            ),
+            manager,
+        )
+        try:
+            server.run(sockets=[sock])
+        finally:
+            sock.close()
+        if not server.started:
+            raise MballError("the server could not start; the log above says why")
+
+
+@contextlib.contextmanager
+def _runtime_dir(config: Config) -> Iterator[Path]:
+    """A private folder for sockets: unix socket paths are short (107 bytes), so not below the user's own folders."""
+    if config.runtime_dir is not None:
+        config.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        config.runtime_dir.chmod(0o700)
+        yield config.runtime_dir
+        return
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    path = Path(tempfile.mkdtemp(prefix="mball-", dir=base if base and Path(base).is_dir() else None))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def running_server(arguments: list[str], *, log: Path | None = None) -> Iterator[str]:
+    """`mball serve` with these arguments in a process of its own, on a free port; yields its URL when it answers.
+
+    It is stopped at the end, its workers with it. Raises MballError where it does not come up.
+    """
+    with bind("127.0.0.1", 0) as sock, _log_file(log) as output:
+        command = [sys.executable, "-m", "mball", "serve", "--fd", str(sock.fileno()), *arguments]
+        process = subprocess.Popen(command, pass_fds=[sock.fileno()], stdout=output, stderr=output)
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        sock.close()
+        try:
+            _wait_until_it_answers(process, url)
+            yield url
+        finally:
+            _stop(process)
+
+
+@contextlib.contextmanager
+def _log_file(path: Path | None) -> Iterator[int | None]:
+    if path is None:
+        yield None
+        return
+    with path.open("ab") as file:
+        yield file.fileno()
+
+
+def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str) -> None:
+    # The socket listens already, so the first request waits in its backlog until the server takes it.
+    try:
+        httpx.get(f"{url}/health", timeout=_READY_TIMEOUT_S).raise_for_status()
+    except httpx.HTTPError as error:
+        code = process.poll()
+        what = f"it ended with code {code}" if code is not None else str(error)
+        raise MballError(f"the server did not come up: {what}") from None
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=_READY_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(timeout=_STOP_MARGIN_S)
