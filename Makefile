@@ -21,7 +21,7 @@ models: setup
 	$(VENV)/bin/mball models prepare-demo $(MODELS)
 
 demo: models
-	$(VENV)/bin/mball demo $(MODELS)
+	$(VENV)/bin/mball demo deploy/examples/demo.yaml
 
 serve: models
 	$(VENV)/bin/mball serve --config deploy/examples/demo.yaml

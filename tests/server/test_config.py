@@ -1,0 +1,79 @@
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from mball.errors import ConfigError
+from mball.server.config import json_schema, load_config
+from mball.units import GiB, MiB
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "deploy" / "examples").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "mball.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_the_later_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path, "port: 1\nhost: from-file\ndram_bytes: 1GiB\nmodels: [a]\n")
+    monkeypatch.setenv("MBALL_PORT", "2")
+    monkeypatch.setenv("MBALL_HOST", "from-env")
+    config = load_config(file, {"port": 3, "host": None})
+    assert (config.port, config.host, config.dram_bytes) == (3, "from-env", 1 * GiB)
+
+
+def test_models_lie_beside_the_file_and_are_named_after_their_folder(tmp_path: Path) -> None:
+    file = write(tmp_path, "models:\n - models/a\n - {path: /m/b, name: zed, kv_cache_memory_bytes: 64MiB}\n")
+    first, second = load_config(file).models
+    assert (first.path, first.name) == (tmp_path / "models/a", "a")
+    assert (second.path, second.name, second.kv_cache_memory_bytes) == (Path("/m/b"), "zed", 64 * MiB)
+
+
+def test_a_flag_replaces_the_models_of_the_file(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "models: [a]\n"), {"models": [{"path": Path("here/b")}]})
+    assert [str(model.path) for model in config.models] == ["here/b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("models: [{path: a, foo: 1}]", r"models\.0\.foo"),
+        ("port: many", "port"),
+        ("port: 70000", "port"),
+        ("a: [", "parsing"),
+        ("3", "mapping"),
+        ("models: [a, b/a]", "two models are called 'a'"),
+        ("models: [{name: x}]", r"models\.0\.path"),
+        ("device_memory_bytes: 3XB", "device_memory_bytes.*not a size"),
+        ("device: tpu", "device"),
+        ("queue_timeout_s: .nan", "queue_timeout_s"),
+        ("unknown: 1", "unknown"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_config(write(tmp_path, text))
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such config file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_there_are_examples() -> None:
+    assert EXAMPLES
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.name)
+def test_examples_are_valid(file: Path) -> None:
+    jsonschema.validate(yaml.safe_load(file.read_text()), json.loads(json_schema()))
+    assert load_config(file).models
+
+
+def test_the_schema_refuses_what_the_config_refuses() -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"prot": 1}, json.loads(json_schema()))
