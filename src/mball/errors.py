@@ -4,6 +4,7 @@ MballError
 ├── ConfigError                     the configuration says something that can't be done
 ├── CheckpointError                 a model's files on disk (names the file, and the tensor where there is one)
 │   ├── UnsupportedCheckpoint       no safetensors (.bin only), custom code, an unknown architecture
+│   ├── BadIndex                    the index is not a map of tensor names to files of its own folder
 │   ├── MissingShard                the index names a file that is not there
 │   ├── TensorMismatch              a tensor is missing, unexpected, or of another shape than the module wants
 │   ├── ReadError                   a short read, EIO, a file that shrank while it was read
@@ -15,11 +16,14 @@ MballError
 │   └── DeviceOutOfMemory           more bytes wanted than the device has free
 ├── TransitionError                 a move between residencies failed
 │   ├── IllegalMove                 not in the table of moves
+│   ├── VerbFailed                  a worker answered a verb with an error
+│   ├── NotReleased                 device bytes were not given back in time
+│   ├── WorkerNotStarted            the worker gave no hello
 │   └── WorkerDied                  the worker's process ended
 ├── RequestError                    a request can't be served; carries an HTTP status and an OpenAI code
 │   ├── InvalidRequest (400)  ├── UnknownModel (404)  ├── PayloadTooLarge (413)
 │   └── Unavailable (503, with retry_after_s)
-│       ├── ModelDoesNotFit  ├── ModelFailed  ├── QueueTimeout  └── Draining
+│       ├── ModelDoesNotFit  ├── ModelFailed  ├── QueueFull  ├── QueueTimeout  └── Draining
 └── Cancelled                       the caller gave up; nothing was kept
 """
 
@@ -57,6 +61,10 @@ class CheckpointError(MballError):
 
 class UnsupportedCheckpoint(CheckpointError):
     """The folder holds nothing that is loaded here: pickled weights alone, custom code, an unknown architecture."""
+
+
+class BadIndex(CheckpointError):
+    """The index is not JSON, maps a name to no file of its own folder, or to a shard that lacks the tensor."""
 
 
 class MissingShard(CheckpointError):
@@ -148,6 +156,26 @@ class IllegalMove(TransitionError):
     """The move is not in the table of moves."""
 
 
+class VerbFailed(TransitionError):
+    """A worker answered a verb with an error; `kind` is the name of the error's class there."""
+
+    def __init__(self, verb: str, kind: str, message: str) -> None:
+        super().__init__(f"{verb}: {kind}: {message}")
+        self.kind = kind
+
+
+class NotReleased(TransitionError):
+    """A process still holds device bytes that it was to give back."""
+
+
+class WorkerNotStarted(TransitionError):
+    """The worker gave no hello. `final`: it said itself why, so that trying again will not help."""
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
+
+
 class WorkerDied(TransitionError):
     """The worker's process ended while it was needed."""
 
@@ -210,6 +238,12 @@ class ModelFailed(Unavailable):
     """The model's worker could not be started or could not load the model."""
 
     code = "model_failed"
+
+
+class QueueFull(Unavailable):
+    """As many requests wait for their models as may wait."""
+
+    code = "queue_full"
 
 
 class QueueTimeout(Unavailable):
