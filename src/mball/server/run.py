@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -93,9 +94,17 @@ def _runtime_dir(config: Config) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server in a process of its own."""
+
+    url: str
+    pid: int
+
+
 @contextlib.contextmanager
-def running_server(arguments: list[str], *, log: Path | None = None) -> Iterator[str]:
-    """`mball serve` with these arguments in a process of its own, on a free port; yields its URL when it answers.
+def running_server(arguments: list[str], *, log: Path | None = None) -> Iterator[Running]:
+    """`mball serve` with these arguments in a process of its own, on a free port, from when it answers.
 
     It is stopped at the end, its workers with it. Raises MballError where it does not come up.
     """
@@ -106,7 +115,7 @@ def running_server(arguments: list[str], *, log: Path | None = None) -> Iterator
         sock.close()
         try:
             _wait_until_it_answers(process, url)
-            yield url
+            yield Running(url, process.pid)
         finally:
             _stop(process)
 

@@ -17,11 +17,12 @@ from mball.server.models.cli import app as models_app
 def demo(
     config: Annotated[Path, typer.Argument(help="The demo's config.")] = Path("deploy/examples/demo.yaml"),
     rounds: Annotated[int, typer.Option(min=1, help="Questions to each model.")] = 3,
+    log: Annotated[Path, typer.Option(help="Where the server's log goes.")] = Path(".demo/server.log"),
 ) -> None:
     """Several real models take turns on a device that holds one chat model at a time."""
-    from mball.server.demo import run_demo
+    from mball.server.cli.demo import run_demo
 
-    run_demo(config, rounds=rounds, console=Console())
+    run_demo(config, rounds=rounds, log=log, console=Console())
 
 
 def add_to(app: typer.Typer) -> None:

@@ -14,8 +14,9 @@ from starlette.responses import JSONResponse, Response
 from mball import __version__
 from mball.errors import MballError, UnknownModel
 from mball.memory.manager import Manager
+from mball.server import http
 from mball.server.config import Config
-from mball.server.gateway import admin, errors
+from mball.server.gateway import admin
 from mball.server.gateway.proxy import Forward, Workers
 from mball.server.gateway.requests import read_call
 
@@ -37,9 +38,9 @@ def create_app(manager: Manager, config: Config) -> FastAPI:
             await workers.close()
 
     app = FastAPI(title="MBALL", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_exception_handler(MballError, errors.on_mball_error)
-    app.add_exception_handler(HTTPException, errors.on_http_error)
-    app.add_exception_handler(Exception, errors.on_unexpected)
+    app.add_exception_handler(MballError, http.on_mball_error)
+    app.add_exception_handler(HTTPException, http.on_http_error)
+    app.add_exception_handler(Exception, http.on_unexpected)
     app.include_router(_openai(manager, workers, config))
     app.include_router(_probes(manager))
     app.include_router(admin.router(manager))

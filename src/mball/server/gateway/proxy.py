@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Coroutine
-from typing import Any
 
 import aiohttp
 import structlog
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from mball.errors import MballError, Unavailable
 from mball.memory.manager import Manager
-from mball.server.gateway.errors import error_body
 from mball.server.gateway.requests import Call
+from mball.server.http import ClientLeft, error_body, unless_disconnected
 
 _log = structlog.get_logger(__name__)
 _FORWARDED_HEADERS = ("content-type", "content-length", "cache-control", "retry-after")
@@ -64,7 +63,8 @@ class Forward(Response):
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _unless_disconnected(self._serve(send), receive)
+        with contextlib.suppress(ClientLeft):
+            await unless_disconnected(self._serve(send), receive)
 
     async def _serve(self, send: Send) -> None:
         answer = _Answer(send, self._call.stream)
@@ -115,24 +115,3 @@ class _Answer:
         else:
             # A body cut short of its content-length: the connection closes and the client sees it.
             raise ConnectionAbortedError(str(error))
-
-
-async def _unless_disconnected(work: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Runs `work`; cancels it when the client leaves. Raises what `work` raises."""
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.create_task(_disconnect(receive))
-    try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        if not task.done():
-            task.cancel()
-        leaving.cancel()
-        await asyncio.wait({task, leaving})
-    if not task.cancelled():
-        task.result()
-
-
-async def _disconnect(receive: Receive) -> None:
-    message: Message = {"type": ""}
-    while message["type"] != "http.disconnect":
-        message = await receive()

@@ -55,13 +55,12 @@ class _Seen:
         return Group(table(self.state), Panel(Text(self.text or "…"), title="answer", title_align="left", height=6))
 
 
-def run_demo(config: Path, *, rounds: int, console: Console) -> None:
+def run_demo(config: Path, *, rounds: int, log: Path, console: Console) -> None:
     """Serves the config's models, asks each chat model in turn, streamed, and embeds. Raises DemoFailed."""
     seen = _Seen()
-    log = config.parent / "server.log"
     log.unlink(missing_ok=True)
-    with running_server(["--config", str(config)], log=log) as url:
-        workers = _ask_all(url, rounds, seen, console)
+    with running_server(["--config", str(config)], log=log) as server:
+        workers = _ask_all(server.url, rounds, seen, console)
     left = [pid for pid in workers if psutil.pid_exists(pid)]
     _summary(seen, console)
     if left:
