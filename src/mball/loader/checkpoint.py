@@ -86,6 +86,12 @@ class Checkpoint:
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         return cls(path, tuple(shards), tensors, nbytes, image_bytes)
 
+    def tensor_at(self, shard: int, at: int) -> str | None:
+        """The tensor that byte `at` of a shard's file belongs to."""
+        return next(
+            (info.name for info in self.tensors.values() if info.shard == shard and info.start <= at < info.end), None
+        )
+
 
 def _files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     if path.is_file():

@@ -1,0 +1,57 @@
+"""The source image: a model's shards as stored, in a memfd that outlives the processes that read it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+
+from mball.errors import ReadError
+from mball.loader.checkpoint import Checkpoint
+from mball.loader.lanes import FileLane
+from mball.loader.plan import Extent, chunked
+from mball.loader.reader import Progress, Source, read
+
+_F_SEAL_FUTURE_WRITE = 0x10
+_SEALS = _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def create(name: str, nbytes: int) -> int:
+    """An empty memfd of `nbytes`; no memory yet. `name` shows in /proc/PID/fd. The caller closes it."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, nbytes)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def fill(
+    checkpoint: Checkpoint,
+    image_fd: int,
+    *,
+    threads: int = 2,
+    progress: Progress | None = None,
+    cancel: threading.Event | None = None,
+) -> int:
+    """Copy every shard's data section to its place in the image; the bytes copied.
+
+    Raises ReadError where a shard fails or the image is too small, OSError where memory for the image runs out,
+    Cancelled. After an error the image holds rubbish: close it.
+    """
+    found = os.fstat(image_fd).st_size
+    if found < checkpoint.image_bytes:
+        raise ReadError(f"its image wants {checkpoint.image_bytes} bytes, has {found}", file=str(checkpoint.path))
+    extents = chunked(
+        Extent(number, shard.data_start, shard.data_bytes, shard.image_offset)
+        for number, shard in enumerate(checkpoint.shards)
+    )
+    return read(
+        extents, Source(checkpoint), lambda: FileLane(image_fd), threads=threads, progress=progress, cancel=cancel
+    )
+
+
+def seal(image_fd: int) -> None:
+    """Let nobody write, grow or shrink the image any more. Mappings that are writable already stay so."""
+    fcntl.fcntl(image_fd, fcntl.F_ADD_SEALS, _SEALS)
