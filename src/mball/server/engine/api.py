@@ -92,7 +92,7 @@ class Demoted:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """Numbers of the moment. Bytes are device bytes."""
+    """Numbers of the moment. Bytes are device bytes. `error` says what is wrong with the engine, if anything is."""
 
     resident: bool
     running: int
@@ -101,6 +101,7 @@ class EngineStatus:
     kv_blocks_free: int
     weights_bytes: int
     kv_bytes: int
+    error: str | None = None
 
 
 class Residency(Protocol):

@@ -1,0 +1,297 @@
+"""The generating engine: one thread that steps through scheduler, model and sampler while the weights are there."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import torch
+
+from mball.device.account import Account
+from mball.errors import MballError, TransitionError
+from mball.memory.spec import WorkerSpec
+from mball.server.engine import request as requests
+from mball.server.engine import runner, sampler
+from mball.server.engine.api import Demoted, Emit, EngineStatus, GenerateRequest, Output, Promoted
+from mball.server.engine.kv_cache import BlockAllocator, KVCache, KVGeometry
+from mball.server.engine.request import Request
+from mball.server.engine.resident import Progress, ResidentWeights
+from mball.server.engine.scheduler import Chunk, Scheduler, Sequence
+
+log = logging.getLogger(__name__)
+
+STEP_DEADLINE_S = 120.0
+"""The longest that demote and close wait for the step under way."""
+
+_PROMPT_LOGPROBS_CHUNK = 64
+"""Prompt tokens a step whose logits are all kept; it bounds the memory they take, a vocabulary of floats each."""
+
+_STEP_FAILURES = (
+    MballError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    OSError,
+)
+
+
+class GenerateEngine:
+    """A `Generator` over one transformers model (mball.server.engine.api says what each method does).
+
+    `submit` refuses while the weights are away; a failed step ends the sequences in it and the engine goes on, with
+    the failure in its status until a step succeeds.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        weights: ResidentWeights,
+        geometry: KVGeometry,
+        account: Account,
+        device: torch.device,
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+        self._spec = spec
+        self._weights = weights
+        self._geometry = geometry
+        self._account = account
+        self._device = device
+        self._cache: KVCache | None = None
+        self._scheduler: Scheduler[Request] = Scheduler(
+            BlockAllocator(num_blocks),
+            block_size=spec.block_size,
+            max_num_seqs=spec.max_num_seqs,
+            max_num_batched_tokens=spec.max_num_batched_tokens,
+        )
+        # Guards what stands below. The scheduler is the thread's alone.
+        self._changed = threading.Condition()
+        self._arrived: list[Sequence[Request]] = []
+        self._aborted: set[str] = set()
+        self._resident = False
+        self._parked = False
+        self._closing = False
+        self._error: str | None = None
+        self._thread = threading.Thread(target=self._run, name=f"engine-{spec.model}", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerateRequest, emit: Emit) -> None:
+        problem = requests.problem(
+            request,
+            max_model_len=self.max_model_len,
+            vocab_size=self.vocab_size,
+            max_logprobs=self._spec.max_logprobs,
+        )
+        if problem is None:
+            owner = Request.of(request, emit, self.max_model_len)
+            limit = _PROMPT_LOGPROBS_CHUNK if request.sampling.prompt_logprobs else None
+            sequence = Sequence(request.request_id, list(request.prompt), owner, limit)
+            with self._changed:
+                if self._resident:
+                    self._arrived.append(sequence)
+                    self._changed.notify_all()
+                    return
+            problem = f"{self._spec.model} is not on its device"
+        emit(Output(None, finish_reason="error", error=problem))
+
+    def abort(self, request_id: str) -> None:
+        with self._changed:
+            self._aborted.add(request_id)
+            self._changed.notify_all()
+
+    def status(self) -> EngineStatus:
+        allocator, cache = self._scheduler.allocator, self._cache
+        with self._changed:
+            return EngineStatus(
+                resident=self._resident,
+                running=len(self._scheduler.running),
+                waiting=len(self._scheduler.waiting) + len(self._arrived),
+                kv_blocks_total=allocator.num_blocks - 1,
+                kv_blocks_free=allocator.num_free,
+                weights_bytes=self._weights.nbytes,
+                kv_bytes=0 if cache is None else cache.nbytes,
+                error=self._error,
+            )
+
+    @property
+    def image_bytes(self) -> int:
+        return self._weights.image_bytes
+
+    def fill_image(self, image_fd: int) -> int:
+        return self._weights.fill_image(image_fd)
+
+    def promote(self, image_fd: int | None, progress: Progress | None = None) -> Promoted:
+        began = time.perf_counter()
+        if self._resident or not self._thread.is_alive():
+            state = "on the device already" if self._resident else f"broken ({self._error}): restart its worker"
+            raise TransitionError(f"{self._spec.model} is {state}")
+        load_s = self._weights.load(image_fd, progress)
+        num_blocks, block_size = self._scheduler.allocator.num_blocks, self._spec.block_size
+        try:
+            cache = KVCache(self._geometry, num_blocks, block_size, self._device, self._account)
+        except (MballError, OSError, RuntimeError):
+            self._weights.release()
+            raise
+        with self._changed:
+            self._cache = cache
+            self._resident = True
+            self._parked = False
+            self._changed.notify_all()
+        return Promoted(self._weights.nbytes, cache.nbytes, load_s, time.perf_counter() - began)
+
+    def demote(self) -> Demoted:
+        began = time.perf_counter()
+        with self._changed:
+            self._resident = False
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: self._parked, STEP_DEADLINE_S):
+                raise TransitionError(f"{self._spec.model}: its step did not end within {STEP_DEADLINE_S:.0f} s")
+        return Demoted(self._release(), time.perf_counter() - began)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._resident = False
+            self._changed.notify_all()
+        self._thread.join(STEP_DEADLINE_S)
+        if self._thread.is_alive():
+            raise TransitionError(f"{self._spec.model}: its step did not end within {STEP_DEADLINE_S:.0f} s")
+        self._release()
+        self._weights.close()
+
+    def _release(self) -> int:
+        released = self._weights.release()
+        cache, self._cache = self._cache, None
+        return released + (cache.release() if cache is not None else 0)
+
+    # What follows runs in the engine's thread.
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._spec.threads)
+        try:
+            with torch.inference_mode():
+                while self._next():
+                    self._step()
+        finally:
+            with self._changed:
+                if not self._closing:
+                    self._error = "the engine's thread ended"
+                self._resident = False
+                self._parked = True
+                self._changed.notify_all()
+
+    def _next(self) -> bool:
+        """Wait for work; apply arrivals and aborts. True: step. False: closing."""
+        scheduler = self._scheduler
+        while True:
+            with self._changed:
+                self._changed.wait_for(self._has_news)
+                arrived, self._arrived = self._arrived, []
+                aborted, self._aborted = self._aborted, set()
+                resident, closing = self._resident, self._closing
+            for sequence in arrived:
+                scheduler.add(sequence)
+            if aborted or not resident:
+                for sequence in list(scheduler.sequences()):
+                    if not resident or sequence.request_id in aborted:
+                        self._deliver(sequence, Output(None, finish_reason="abort"))
+            if closing:
+                return False
+            if resident:
+                if scheduler.running or scheduler.waiting:
+                    return True
+            else:
+                with self._changed:
+                    self._parked = not self._resident
+                    self._changed.notify_all()
+
+    def _has_news(self) -> bool:
+        if self._closing or self._arrived or self._aborted:
+            return True
+        if self._resident:
+            return bool(self._scheduler.running or self._scheduler.waiting)
+        return not self._parked
+
+    def _step(self) -> None:
+        chunks = self._scheduler.schedule()
+        try:
+            self._compute(chunks)
+            self._error = None
+        except _STEP_FAILURES as error:
+            log.exception("%s: a step of %d sequences failed", self._spec.model, len(chunks))
+            self._error = f"a step failed: {type(error).__name__}: {error}"
+            for chunk in chunks:
+                self._deliver(chunk.sequence, Output(None, finish_reason="error", error=self._error))
+
+    def _compute(self, chunks: list[Chunk[Request]]) -> None:
+        cache = self._cache
+        if cache is None or not chunks:
+            raise TransitionError(f"{self._spec.model}: a step with nothing to compute")
+        rows: list[int] = []
+        drawing: list[Chunk[Request]] = []
+        draw_at: list[int] = []
+        prompts: list[tuple[Chunk[Request], int]] = []
+        row = 0
+        for chunk in chunks:
+            if self._keeps_prompt_logits(chunk):
+                prompts.append((chunk, len(rows)))
+                rows += range(row, row + chunk.count)
+            elif chunk.samples:
+                rows.append(row + chunk.count - 1)
+            row += chunk.count
+            if chunk.samples:
+                drawing.append(chunk)
+                draw_at.append(len(rows) - 1)
+        logits = runner.forward(self._weights.module, cache, chunks, rows, self._device)
+        self._scheduler.advance(chunks)
+        for chunk, first in prompts:
+            self._add_prompt_logprobs(chunk, logits[first : first + chunk.count])
+        if drawing:
+            self._draw(drawing, logits if len(draw_at) == len(rows) else logits[draw_at])
+
+    def _draw(self, chunks: list[Chunk[Request]], logits: torch.Tensor) -> None:
+        sequences = [chunk.sequence for chunk in chunks]
+        drawn = sampler.sample(logits, [sequence.owner.row(len(sequence.tokens)) for sequence in sequences])
+        for sequence, draw in zip(sequences, drawn, strict=True):
+            output = sequence.owner.ends_with_prompt()
+            if output is None:
+                if draw.token_id is not None:
+                    sequence.tokens.append(draw.token_id)
+                output = sequence.owner.accept(draw, len(sequence.tokens))
+            self._deliver(sequence, output)
+
+    def _deliver(self, sequence: Sequence[Request], output: Output) -> None:
+        if sequence.owner.finished:
+            return
+        sequence.owner.deliver(output)
+        if sequence.owner.finished:
+            self._scheduler.finish(sequence)
+
+    def _keeps_prompt_logits(self, chunk: Chunk[Request]) -> bool:
+        wanted = chunk.sequence.owner.prompt_logprobs
+        return wanted is not None and len(wanted) < chunk.sequence.owner.num_prompt
+
+    def _add_prompt_logprobs(self, chunk: Chunk[Request], logits: torch.Tensor) -> None:
+        """Row i of the logits tells of the token after the chunk's i-th."""
+        found = chunk.sequence.owner.prompt_logprobs
+        if found is None:
+            return
+        # A chunk that is computed again after a preemption may overlap what is known.
+        known = len(found)
+        targets = chunk.sequence.tokens[known : min(chunk.start + chunk.count + 1, chunk.sequence.owner.num_prompt)]
+        if targets:
+            first = known - 1 - chunk.start
+            scored = sampler.logprobs(logits[first : first + len(targets)], targets, [0] * len(targets))
+            found += [own for own, _ in scored]

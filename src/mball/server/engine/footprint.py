@@ -1,0 +1,75 @@
+"""How much device memory a model will take: from its configuration and the headers of its files, nothing is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mball.loader.checkpoint import Checkpoint
+from mball.memory.spec import WorkerSpec
+from mball.server.engine import transformers_adapter as adapter
+from mball.server.engine.kv_cache import KVGeometry
+
+DEFAULT_TOKENS_PER_SEQ = 2048
+"""Tokens of KV a sequence gets where neither `kv_cache_bytes` nor `max_model_len` is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """`activation_bytes` is an estimate of the largest step's temporaries; the others are what will be taken."""
+
+    weights_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.activation_bytes
+
+
+def footprint(spec: WorkerSpec) -> Footprint:
+    """Raises CheckpointError."""
+    checkpoint = Checkpoint.open(spec.path)
+    config = adapter.read_config(spec)
+    dtype = adapter.choose_dtype(spec, config, checkpoint)
+    text = adapter.text_config(config)
+    weights_bytes = sum(math.prod(tensor.shape) * dtype.itemsize for tensor in checkpoint.tensors.values())
+    if spec.task == "embed":
+        tokens = spec.max_num_batched_tokens
+        return Footprint(weights_bytes, 0, tokens * _token_activations(text) * 4)
+    geometry = adapter.kv_geometry(spec, config, dtype)
+    blocks = kv_blocks(spec, text, geometry)
+    tokens = max(spec.max_num_batched_tokens, spec.max_num_seqs)
+    # The sampler holds logits, a float copy, noise and a few more floats for each row that draws.
+    sampling = spec.max_num_seqs * text.vocab_size * (dtype.itemsize + 5 * 4)
+    gathered = spec.max_num_seqs * max_model_len(spec, text, blocks) * geometry.token_bytes // geometry.num_layers
+    pool = blocks * geometry.block_bytes(spec.block_size)
+    activations = tokens * _token_activations(text) * dtype.itemsize + sampling + min(gathered, pool)
+    return Footprint(weights_bytes, pool, activations)
+
+
+def _token_activations(text: Any) -> int:
+    """Numbers held for one token inside a layer: residual, norm, queries, keys, values and the MLP's three."""
+    return 8 * int(text.hidden_size) + 3 * int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+
+
+def kv_blocks(spec: WorkerSpec, text: Any, geometry: KVGeometry) -> int:
+    """Blocks in the pool, the null block included.
+
+    `kv_cache_bytes` decides where it is given. Else every sequence gets `max_model_len` tokens, at most
+    DEFAULT_TOKENS_PER_SEQ, and the pool at least one whole sequence of `max_model_len` where that is given.
+    """
+    block_size = spec.block_size
+    if spec.kv_cache_bytes is not None:
+        return spec.kv_cache_bytes // geometry.block_bytes(block_size)
+    longest = spec.max_model_len or int(getattr(text, "max_position_embeddings", None) or DEFAULT_TOKENS_PER_SEQ)
+    each = -(-min(longest, DEFAULT_TOKENS_PER_SEQ) // block_size)
+    one = -(-(spec.max_model_len or 0) // block_size)
+    return 1 + max(spec.max_num_seqs * each, one)
+
+
+def max_model_len(spec: WorkerSpec, text: Any, num_blocks: int) -> int:
+    """The longest sequence: what is asked for, else what the model knows; never more than the pool holds."""
+    limits = [spec.max_model_len, getattr(text, "max_position_embeddings", None), (num_blocks - 1) * spec.block_size]
+    return min(limit for limit in limits if limit)
