@@ -37,3 +37,25 @@ def write_sharded(folder: Path, shards: Mapping[str, Mapping[str, Tensor]]) -> P
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def mapping_of(address: int) -> tuple[str, dict[str, int]]:
+    """The path of the mapping that holds an address (empty where it is anonymous), and its smaps fields in bytes."""
+    path, fields, inside = "", {}, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if not first.endswith(":"):
+            if inside:
+                break
+            begin, _, end = first.partition("-")
+            inside = int(begin, 16) <= address < int(end, 16)
+            path = rest.split(maxsplit=4)[4] if len(rest.split()) > 4 else ""
+        elif inside and rest.endswith("kB"):
+            fields[first[:-1]] = int(rest.split()[0]) * 1024
+    if not inside:
+        raise ValueError(f"nothing is mapped at {address:#x}")
+    return path, fields
+
+
+def open_descriptors() -> set[str]:
+    return {entry.name for entry in Path("/proc/self/fd").iterdir()}

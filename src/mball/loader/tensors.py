@@ -16,6 +16,8 @@ from mball.loader.plan import Extent, aligned, chunked
 from mball.loader.reader import Progress, Source, read
 from mball.loader.slab import open_slab
 
+_MAX_SIZE = 2**63 - 1
+
 
 def load(
     path: str | Path,
@@ -56,7 +58,9 @@ def load(
 
 
 def _check(info: TensorInfo, checkpoint: Checkpoint) -> None:
-    if info.dtype not in TORCH:
+    if info.dtype not in TORCH or any(size > _MAX_SIZE for size in info.shape):
         raise UnsupportedCheckpoint(
-            f"torch has no dtype for {info.dtype}", file=str(checkpoint.shards[info.shard].path), tensor=info.name
+            f"torch has no tensor of dtype {info.dtype} and shape {list(info.shape)}",
+            file=str(checkpoint.shards[info.shard].path),
+            tensor=info.name,
         )

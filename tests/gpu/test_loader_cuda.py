@@ -1,0 +1,75 @@
+"""The loader on a CUDA device."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mball.errors import Cancelled, DeviceOutOfMemory
+from mball.loader import Checkpoint, Weights, load
+from mball.loader.slab import CudaSlab
+from mball.units import GiB, MiB
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture
+def tensors(tmp_path: Path) -> dict[str, Tensor]:
+    """Several times the ring, so that every buffer is used again."""
+    torch.manual_seed(0)
+    tensors = {f"w{number}": torch.randn(1024, 4096 + number).bfloat16() for number in range(24)}
+    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 3), "ids": torch.arange(7)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tensors
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_bit_for_bit(tmp_path: Path, tensors: dict[str, Tensor], threads: int) -> None:
+    for _ in range(3):
+        loaded = load(tmp_path, "cuda", threads=threads)
+        assert loaded.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert loaded[name].device.type == "cuda"
+            assert torch.equal(loaded[name].cpu(), tensor)
+
+
+@pytest.mark.parametrize("wanted", [None, torch.float32])
+def test_released_memory_is_free_and_views_come_back(tmp_path: Path, wanted: torch.dtype | None) -> None:
+    wide = {"weight": torch.randn(8192, 8192).bfloat16(), "bias": torch.randn(8192).bfloat16()}
+    save_file(wide, tmp_path / "model.safetensors")
+    with init_empty_weights():
+        linear = nn.Linear(8192, 8192, dtype=torch.bfloat16)
+    device = torch.device("cuda")
+    torch.cuda.init()
+    torch.cuda.synchronize()
+    weights = Weights.bind(linear, Checkpoint.open(tmp_path), device=device, dtype=wanted)
+    free_bytes = torch.cuda.mem_get_info()[0]
+    for _ in range(3):
+        weights.load(threads=4)
+        assert free_bytes - torch.cuda.mem_get_info()[0] >= weights.nbytes
+        assert torch.equal(linear.weight.cpu(), wide["weight"].to(wanted or torch.bfloat16))
+        assert torch.equal(linear.bias.cpu(), wide["bias"].to(wanted or torch.bfloat16))
+        assert weights.release() == weights.nbytes
+        assert free_bytes - torch.cuda.mem_get_info()[0] < 32 * MiB
+
+
+def test_cancelled_and_too_large_loads_leave_nothing(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    with init_empty_weights():
+        holder = nn.ParameterDict({name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()})
+    weights = Weights.bind(holder, Checkpoint.open(tmp_path), device=torch.device("cuda"))
+    cancel = threading.Event()
+    allocated_bytes = torch.cuda.memory_allocated()
+    with pytest.raises(Cancelled):
+        weights.load(threads=2, cancel=cancel, progress=lambda done, total: cancel.set())
+        # A load that was faster than the first look at it is a whole load.
+        weights.release()
+        cancel.set()
+        weights.load(threads=2, cancel=cancel)
+    assert torch.cuda.memory_allocated() == allocated_bytes
+    with pytest.raises(DeviceOutOfMemory):
+        CudaSlab(4096 * GiB, torch.device("cuda")).populate()
+    assert torch.cuda.memory_allocated() == allocated_bytes

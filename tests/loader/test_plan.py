@@ -1,0 +1,62 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mball.loader.plan import Cast, Extent, aligned, chunked
+
+CAST = Cast(torch.float32, torch.bfloat16)
+
+
+@st.composite
+def _extents(draw: st.DrawFn) -> list[Extent]:
+    """Disjoint extents of several shards, some neighbours, some cast, in any order."""
+    extents, offset = [], 0
+    for shard in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(8, 100))
+        for _ in range(draw(st.integers(0, 6))):
+            start += draw(st.sampled_from([0, 0, 5]))
+            nbytes = 4 * draw(st.integers(0, 60))
+            cast = draw(st.sampled_from([None, None, CAST]))
+            extents.append(Extent(shard, start, nbytes, offset, cast))
+            start += nbytes
+            offset += nbytes + draw(st.sampled_from([0, 0, 64]))
+    return draw(st.permutations(extents))
+
+
+def _bytes(extents: list[Extent]) -> dict[tuple[int, int], tuple[float, Cast | None]]:
+    """Where each byte goes."""
+    return {
+        (extent.shard, extent.start + at): (extent.offset + (at / 2 if extent.cast else at), extent.cast)
+        for extent in extents
+        for at in range(extent.nbytes)
+    }
+
+
+@given(_extents())
+def test_every_byte_goes_where_it_was_to_go_in_the_order_of_the_files(extents: list[Extent]) -> None:
+    chunks = chunked(extents, chunk_bytes=64)
+    assert _bytes(chunks) == _bytes(extents)
+    assert sum(chunk.nbytes for chunk in chunks) == sum(extent.nbytes for extent in extents)
+    assert all(0 < chunk.nbytes <= 64 for chunk in chunks)
+    assert chunks == sorted(chunks, key=lambda chunk: (chunk.shard, chunk.start))
+
+
+def test_neighbours_in_file_and_memory_are_one_read() -> None:
+    extents = [Extent(0, 100 + 10 * number, 10, 10 * number) for number in range(20)]
+    assert chunked(extents, chunk_bytes=160) == [Extent(0, 100, 160, 0), Extent(0, 260, 40, 160)]
+
+
+def test_what_is_not_a_neighbour_is_not_joined() -> None:
+    for other in (Extent(1, 110, 10, 10), Extent(0, 111, 10, 10), Extent(0, 110, 10, 11), Extent(0, 110, 8, 10, CAST)):
+        assert len(chunked([Extent(0, 100, 10, 0), other])) == 2
+
+
+def test_a_cast_extent_is_split_in_both_measures() -> None:
+    assert chunked([Extent(0, 8, 48, 0, CAST)], chunk_bytes=32) == [
+        Extent(0, 8, 32, 0, CAST),
+        Extent(0, 40, 16, 16, CAST),
+    ]
+
+
+def test_aligned() -> None:
+    assert [aligned(offset) for offset in (0, 1, 64, 65)] == [0, 64, 64, 128]

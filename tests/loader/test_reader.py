@@ -1,0 +1,161 @@
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mball.errors import Cancelled, ReadError
+from mball.loader import reader
+from mball.loader.checkpoint import Checkpoint, Shard, TensorInfo
+from mball.loader.lanes import FileLane, HostLane
+from mball.loader.plan import Extent, chunked
+from mball.loader.reader import Source, read
+from tests.loader.files import open_descriptors
+
+CHUNK = 4096
+TENSOR = torch.arange(50_000, dtype=torch.int32)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    save_file({"first": TENSOR, "second": TENSOR + 1}, tmp_path / "model.safetensors")
+    return Checkpoint.open(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks() -> object:
+    before = len(open_descriptors())
+    yield
+    assert len(open_descriptors()) == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mball-read")]
+
+
+class Hooked(HostLane):
+    """A lane that does something before each buffer it hands out."""
+
+    def __init__(self, base: torch.Tensor, hook: Callable[[], object]) -> None:
+        super().__init__(base)
+        self._hook = hook
+
+    def buffer(self, extent: Extent) -> memoryview:
+        self._hook()
+        return super().buffer(extent)
+
+
+def extents(checkpoint: Checkpoint) -> list[Extent]:
+    begin = checkpoint.shards[0].data_start
+    return chunked(
+        [Extent(0, info.start, info.nbytes, info.start - begin) for info in checkpoint.tensors.values()], CHUNK
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7, 1000])
+def test_every_byte_arrives(checkpoint: Checkpoint, threads: int) -> None:
+    base = torch.zeros(checkpoint.nbytes, dtype=torch.uint8)
+    calls: list[tuple[int, int]] = []
+    count = read(
+        extents(checkpoint),
+        Source(checkpoint),
+        lambda: HostLane(base),
+        threads=threads,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert count == checkpoint.nbytes
+    assert torch.equal(base.view(torch.int32), torch.cat([TENSOR, TENSOR + 1]))
+    assert calls[-1] == (checkpoint.nbytes, checkpoint.nbytes)
+    assert calls == sorted(calls)
+
+
+def test_nothing_to_read(checkpoint: Checkpoint) -> None:
+    assert read([], Source(checkpoint), lambda: HostLane(torch.empty(0, dtype=torch.uint8)), threads=2) == 0
+
+
+def test_a_file_of_another_size_than_its_header_said(checkpoint: Checkpoint) -> None:
+    path = checkpoint.shards[0].path
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(ReadError, match=r"model\.safetensors: the file has \d+ bytes, not the \d+"):
+        Source(checkpoint)
+    path.unlink()
+    with pytest.raises(ReadError, match="cannot be opened: No such file"):
+        Source(checkpoint)
+
+
+def test_a_file_that_shrinks_while_it_is_read_names_file_and_tensor(checkpoint: Checkpoint) -> None:
+    path = checkpoint.shards[0].path
+    base = torch.zeros(checkpoint.nbytes, dtype=torch.uint8)
+    middle = checkpoint.tensors["second"].start + 100
+    with pytest.raises(
+        ReadError, match=rf"model\.safetensors: tensor 'second': ends at byte {middle}.*shrank"
+    ) as raised:
+        read(
+            extents(checkpoint), Source(checkpoint), lambda: Hooked(base, lambda: os.truncate(path, middle)), threads=2
+        )
+    assert raised.value.tensor == "second"
+
+
+def test_an_io_error_names_file_and_tensor() -> None:
+    # Reading /proc/self/mem at an address that is not mapped is an EIO, with no special disk.
+    info = TensorInfo("w", "U8", (4096,), 0, 0, 4096)
+    checkpoint = Checkpoint(Path("/proc/self"), (Shard(Path("/proc/self/mem"), 0, 0, 0),), {"w": info}, 4096, 4096)
+    base = torch.zeros(4096, dtype=torch.uint8)
+    with pytest.raises(ReadError, match="/proc/self/mem: tensor 'w': reading at byte 0 failed: Input/output error"):
+        read([Extent(0, 0, 4096, 0)], Source(checkpoint), lambda: HostLane(base), threads=1)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_cancelled_read_ends_within_a_chunk(checkpoint: Checkpoint, threads: int) -> None:
+    cancel = threading.Event()
+    seen: list[int] = []
+    base = torch.zeros(checkpoint.nbytes, dtype=torch.uint8)
+
+    def hook() -> None:
+        seen.append(1)
+        cancel.set()
+
+    with pytest.raises(Cancelled, match=f"of {checkpoint.nbytes} bytes"):
+        read(extents(checkpoint), Source(checkpoint), lambda: Hooked(base, hook), threads=threads, cancel=cancel)
+    assert len(seen) <= threads
+
+
+def test_the_first_error_stops_the_other_threads(checkpoint: Checkpoint) -> None:
+    base = torch.zeros(checkpoint.nbytes, dtype=torch.uint8)
+    turns = iter(range(10**6))
+
+    def hook() -> None:
+        if next(turns) == 3:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        read(extents(checkpoint), Source(checkpoint), lambda: Hooked(base, hook), threads=2)
+    assert next(turns) < len(extents(checkpoint))
+
+
+def test_an_error_in_the_progress_callback_ends_the_read(checkpoint: Checkpoint) -> None:
+    base = torch.zeros(checkpoint.nbytes, dtype=torch.uint8)
+
+    def progress(done: int, total: int) -> None:
+        raise ValueError("the terminal went away")
+
+    with pytest.raises(ValueError, match="terminal"):
+        read(extents(checkpoint), Source(checkpoint), lambda: HostLane(base), threads=2, progress=progress)
+
+
+def test_a_read_in_which_nothing_arrives_ends(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "STALL_S", 0.3)
+    base = torch.zeros(checkpoint.nbytes, dtype=torch.uint8)
+    go = threading.Event()
+    threading.Timer(2.0, go.set).start()
+    with pytest.raises(TimeoutError, match="no byte arrived"):
+        read(extents(checkpoint), Source(checkpoint), lambda: Hooked(base, go.wait), threads=2)
+
+
+def test_a_full_file_system_is_an_error(checkpoint: Checkpoint) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            read(extents(checkpoint), Source(checkpoint), lambda: FileLane(full), threads=2)
+    finally:
+        os.close(full)
