@@ -24,6 +24,8 @@ MballError
 │   ├── InvalidRequest (400)  ├── UnknownModel (404)  ├── PayloadTooLarge (413)
 │   └── Unavailable (503, with retry_after_s)
 │       ├── ModelDoesNotFit  ├── ModelFailed  ├── QueueFull  ├── QueueTimeout  └── Draining
+├── SourceUnavailable               a package that ships a model's files can't be had
+├── ModelMakingFailed               a model's files could not be made from their source
 └── Cancelled                       the caller gave up; nothing was kept
 """
 
@@ -44,6 +46,14 @@ class ConfigError(MballError):
 
 class Cancelled(MballError):
     """The caller gave up; nothing was kept."""
+
+
+class SourceUnavailable(MballError):
+    """A package that ships a model's files is neither installed nor downloadable, or holds other files."""
+
+
+class ModelMakingFailed(MballError):
+    """A model's files could not be made from their source."""
 
 
 class CheckpointError(MballError):

@@ -142,8 +142,8 @@ class Caller:
     async def call(self, verb: str, *, deadline_s: float, fd: int | None = None, **arguments: Any) -> Message:
         """The verb's result.
 
-        Raises WorkerDied when the channel closes, TimeoutError past the deadline, and TransitionError with the
-        worker's message where the worker answered with an error (DeviceOutOfMemory keeps its name in the text).
+        Raises WorkerDied when the channel closes, TimeoutError past the deadline, and VerbFailed with the worker's
+        message where the worker answered with an error.
         """
         if self._closed:
             raise ChannelClosed("control channel: closed")
@@ -158,7 +158,7 @@ class Caller:
             self._waiting.pop(number, None)
         if "error" in message:
             error = message["error"]
-            raise errors.TransitionError(f"{verb}: {error.get('type')}: {error.get('message')}")
+            raise errors.VerbFailed(verb, str(error.get("type")), str(error.get("message")))
         result: Message = message.get("result") or {}
         return result
 
@@ -168,7 +168,8 @@ class Caller:
                 message, fd = await self._channel.receive()
                 if fd is not None:
                     os.close(fd)
-                waiting = self._waiting.get(message.get("id", 0))
+                number = message.get("id")
+                waiting = self._waiting.get(number) if isinstance(number, int) else None
                 if waiting is not None and not waiting.done():
                     waiting.set_result(message)
                 elif "event" in message:
@@ -195,15 +196,20 @@ class Caller:
 async def serve(channel: Channel, verbs: dict[str, Handler]) -> None:
     """The worker's side: answers verbs, each in its own task, until the manager's end closes; then returns.
 
-    An MballError or OSError of a handler becomes an error answer; an unknown verb too.
+    An MballError or OSError of a handler becomes an error answer; an unknown verb too. Handlers under way when the
+    channel closes are cancelled: nobody waits for their answers.
     """
-    async with asyncio.TaskGroup() as tasks:
+    async with asyncio.TaskGroup() as group:
+        running: set[asyncio.Task[None]] = set()
         try:
             while True:
                 message, fd = await channel.receive()
-                tasks.create_task(_answer(channel, verbs, message, fd))
+                task = group.create_task(_answer(channel, verbs, message, fd))
+                running.add(task)
+                task.add_done_callback(running.discard)
         except ChannelClosed:
-            return
+            for task in running:
+                task.cancel()
 
 
 async def _answer(channel: Channel, verbs: dict[str, Handler], message: Message, fd: int | None) -> None:

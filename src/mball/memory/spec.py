@@ -1,10 +1,11 @@
-"""What a worker is told when it starts: plain data, sent as JSON on its command line."""
+"""What the manager is told of a model, and what a worker is told when it starts (JSON on its command line)."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Task = Literal["generate", "embed"]
@@ -14,15 +15,15 @@ Task = Literal["generate", "embed"]
 class WorkerSpec:
     """One model as its worker serves it.
 
-    `device` is `cpu`, `cuda:GPU-uuid`, or `simulated:PATH` (a simulated device whose state is at PATH).
-    `kv_cache_bytes` is the size of the KV pool; None lets the worker choose it from `max_num_seqs` and
-    `max_model_len`. `context_bytes` of the device are what an idle worker may hold.
+    `device` is `cpu`, `cuda:GPU-uuid`, or `simulated:PATH` (a simulated device whose state is at PATH); the manager
+    sets it and `socket_path` when it starts the worker. `kv_cache_bytes` is the size of the KV pool; None lets the
+    worker choose it from `max_num_seqs` and `max_model_len`.
     """
 
     model: str
     path: str
-    socket_path: str
-    device: str
+    socket_path: str = ""
+    device: str = "cpu"
     task: Task = "generate"
     dtype: str | None = None
     max_model_len: int | None = None
@@ -47,3 +48,32 @@ class WorkerSpec:
             return cls(**data)
         except TypeError as error:
             raise ValueError(f"not a worker spec: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One model as the manager serves it.
+
+    `pinned`: once on the device it is never demoted for another. `preload`: brought in at start where there is room.
+    `keep_alive_s`: demoted after so long without a request (None: only to make room). `working_bytes`: device bytes
+    beside weights and KV, until they are measured (None: a first guess from the weights). `max_in_flight`: requests
+    handed to the worker at once (None: twice `max_num_seqs`); the rest wait here, so that a stay can be ended.
+    `environment` is added to the worker's.
+    """
+
+    worker: WorkerSpec
+    pinned: bool = False
+    preload: bool = False
+    keep_alive_s: float | None = None
+    working_bytes: int | None = None
+    max_in_flight: int | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.worker.model
+
+    @property
+    def admitted(self) -> int:
+        """Requests that may be under way in the worker."""
+        return self.max_in_flight if self.max_in_flight is not None else 2 * self.worker.max_num_seqs

@@ -1,0 +1,25 @@
+"""The CPU as a device: its memory is the private memory of the processes that compute on it."""
+
+from __future__ import annotations
+
+import psutil
+
+from mball.device import proc
+
+
+class CpuDevice:
+    """Counts Private_* of smaps_rollup above a worker's idle baseline; shared pages (images, libraries) don't count."""
+
+    name = "cpu"
+    context_bytes = 0
+
+    def __init__(self) -> None:
+        self.total_bytes: int = psutil.virtual_memory().total
+
+    def process_bytes(self, pid: int, baseline_bytes: int = 0) -> int | None:
+        held = proc.private_bytes(pid)
+        return None if held is None else max(0, held - baseline_bytes)
+
+    def free_bytes(self) -> int:
+        """What the kernel says can be had without swapping."""
+        return int(psutil.virtual_memory().available)

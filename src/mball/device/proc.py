@@ -1,0 +1,31 @@
+"""What /proc tells of a process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PROC = Path("/proc")
+
+
+def start_ticks(pid: int) -> int | None:
+    """When the process started, in clock ticks since boot: with the pid it names one process for ever.
+
+    None where it is gone or a zombie.
+    """
+    try:
+        text = (PROC / str(pid) / "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The command's name stands in parentheses and may hold anything, parentheses too.
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else int(fields[19])
+
+
+def private_bytes(pid: int) -> int | None:
+    """Private_Clean + Private_Dirty + Private_Hugetlb of smaps_rollup; None where the process is gone or a zombie."""
+    try:
+        text = (PROC / str(pid) / "smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    kib = [int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_")]
+    return sum(kib) * 1024 if kib else None

@@ -1,0 +1,152 @@
+"""The life of DRAM images: filled in the background, kept while the budget allows, handed to every new worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+
+from mball.errors import DeviceOutOfMemory, TransitionError
+from mball.memory.ledger import Ledger
+from mball.memory.settings import Settings
+from mball.memory.states import Process, Weights
+from mball.units import format_bytes
+
+if TYPE_CHECKING:
+    from mball.memory.model import Model
+    from mball.memory.process import WorkerProcess
+
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(eq=False)
+class Image:
+    """A memfd that outlives workers. `ready`: filled and sealed."""
+
+    fd: int
+    nbytes: int
+    ready: bool = False
+
+
+class Images:
+    """Images of all models within the DRAM budget.
+
+    An image is worth the seconds it saves: arrival rate × what loading from the source takes ÷ its bytes. The least
+    valuable goes first, and only for one that is worth more.
+    """
+
+    def __init__(self, ledger: Ledger, settings: Settings, changed: Callable[[], None]) -> None:
+        self.ledger = ledger
+        self._settings = settings
+        self._changed = changed
+        self._filling: set[asyncio.Task[None]] = set()
+
+    def keep(self, model: Model, models: Iterable[Model], now_s: float) -> None:
+        """Begins to fill an image of an awake model in the background, where it has none and the budget allows."""
+        if model.image is not None or model.worker is None or model.hello is None or model.hello.image_bytes <= 0:
+            return
+        task = asyncio.create_task(self._keep(model, list(models), now_s), name=f"image {model.name}")
+        self._filling.add(task)
+        task.add_done_callback(self._filling.discard)
+
+    async def attach(self, model: Model) -> None:
+        """Gives a ready image to a worker that has just started. Raises TransitionError."""
+        if model.image is not None and model.image.ready and model.worker is not None:
+            await model.worker.call("image", deadline_s=self._settings.verb_s, fd=model.image.fd, state="ready")
+
+    async def drop(self, model: Model, reason: str) -> None:
+        """Frees a model's image. A worker that does not let go of it in time is killed: it would keep the pages."""
+        async with model.lock:  # no promotion reads it now
+            image, model.image = model.image, None
+            if image is None:
+                return
+            if model.state.weights is Weights.DRAM:
+                model.state = model.state.to(weights=Weights.SOURCE)
+            try:
+                if model.worker is not None and model.state.process is Process.ALIVE:
+                    await self._let_go(model.worker)
+            finally:
+                os.close(image.fd)
+                self.ledger.give_back(model.name)
+        self._changed()
+        _log.info("image dropped", model=model.name, image_bytes=image.nbytes, reason=reason)
+
+    async def _let_go(self, worker: WorkerProcess) -> None:
+        try:
+            await worker.call("drop_image", deadline_s=self._settings.verb_s)
+        except TransitionError as error:
+            _log.warning("image not let go, worker killed", model=worker.spec.model, error=str(error))
+            worker.kill()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(worker.exited.wait(), self._settings.kill_s)
+
+    async def close(self, models: Iterable[Model]) -> None:
+        """Ends the filling and frees all; the workers are gone by now."""
+        for task in list(self._filling):
+            task.cancel()
+        await asyncio.gather(*self._filling, return_exceptions=True)
+        for model in models:
+            await self.drop(model, "shutting down")
+
+    async def _keep(self, model: Model, models: list[Model], now_s: float) -> None:
+        nbytes = model.hello.image_bytes if model.hello else 0
+        worker = model.worker
+        victims = self._victims(model, models, nbytes, now_s)
+        if worker is None or victims is None:
+            return
+        for victim in victims:
+            await self.drop(victim, f"{format_bytes(nbytes)} for {model.name}, which saves more seconds a byte")
+        try:
+            # The drops took time: another image may have come first.
+            self.ledger.promise(model.name, nbytes)
+        except DeviceOutOfMemory as error:
+            _log.info("no image", model=model.name, reason=str(error))
+            return
+        image = model.image = Image(_create(model.name, nbytes), nbytes)
+        try:
+            filled = await worker.call("image", deadline_s=self._settings.image_s, fd=image.fd, state="empty")
+            _seal(image.fd)
+        except (TransitionError, OSError) as error:
+            _log.warning("image not filled", model=model.name, error=str(error))
+            if model.image is image:
+                await self.drop(model, "it could not be filled")
+            return
+        if model.image is image:
+            image.ready = True
+            if model.state.weights is Weights.SOURCE:
+                model.state = model.state.to(weights=Weights.DRAM)
+            _log.info("image ready", model=model.name, image_bytes=nbytes, fill_s=filled.get("fill_s"))
+
+    def _victims(self, model: Model, models: list[Model], nbytes: int, now_s: float) -> list[Model] | None:
+        """Whose images go for this one: [] where there is room, None where those that stay are worth more."""
+        lacking = nbytes - self.ledger.free_bytes
+        worth = _worth(model, nbytes, now_s)
+        owned = [(_worth(m, m.image.nbytes, now_s), m.name, m) for m in models if m.image is not None and m.image.ready]
+        chosen = []
+        for other_worth, _, other in sorted(owned, key=lambda entry: entry[:2]):
+            if lacking <= 0 or other_worth >= worth:
+                break
+            chosen.append(other)
+            lacking -= self.ledger.held(other.name)
+        return chosen if lacking <= 0 else None
+
+
+def _worth(model: Model, nbytes: int, now_s: float) -> float:
+    seconds = model.figures.promote_s[Weights.SOURCE].value
+    return model.queue.rate.at(now_s) * (seconds if seconds is not None else model.promote_s) / max(1, nbytes)
+
+
+def _create(name: str, nbytes: int) -> int:
+    fd = os.memfd_create(f"mball-{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, nbytes)
+    return fd
+
+
+def _seal(fd: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)

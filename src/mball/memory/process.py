@@ -1,0 +1,229 @@
+"""The process allocator: starts a worker in its own process group, watches it, and ends it for certain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mball.errors import MballError, TransitionError, WorkerDied, WorkerNotStarted
+from mball.memory import control
+from mball.memory.settings import Settings
+from mball.memory.spec import WorkerSpec
+
+_INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+_TAIL_LINES = 20
+_TAIL_BYTES = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """What a worker says once it listens. Bytes: its idle private memory, and what it will want on the device."""
+
+    baseline_bytes: int
+    weights_bytes: int
+    kv_bytes: int
+    image_bytes: int
+    working_bytes: int | None
+
+    @classmethod
+    def of(cls, message: Mapping[str, Any]) -> Hello:
+        working = message.get("working_bytes")
+        return cls(
+            baseline_bytes=int(message["baseline_bytes"]),
+            weights_bytes=int(message["weights_bytes"]),
+            kv_bytes=int(message["kv_bytes"]),
+            image_bytes=int(message["image_bytes"]),
+            working_bytes=None if working is None else int(working),
+        )
+
+
+def environment(spec: WorkerSpec, extra: Mapping[str, str]) -> dict[str, str]:
+    """A worker's whole environment: built from nothing but what it needs."""
+    kind, _, gpu = spec.device.partition(":")
+    threads = str(spec.threads)
+    return {
+        **{name: os.environ[name] for name in _INHERITED if name in os.environ},
+        "CUDA_VISIBLE_DEVICES": gpu if kind == "cuda" else "",
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "OPENBLAS_NUM_THREADS": threads,
+        # Freed memory has to go back to the kernel: a demotion is proven by what the process still holds.
+        "MALLOC_ARENA_MAX": "2",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(4 << 20),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        **extra,
+    }
+
+
+class WorkerProcess:
+    """One worker, from its start to its exit. Made by `start`."""
+
+    def __init__(self, popen: subprocess.Popen[bytes], spec: WorkerSpec, caller_socket: Any, log: Path) -> None:
+        self.spec = spec
+        self.pid = popen.pid
+        self.exited = asyncio.Event()
+        self.loaded_bytes = 0
+        self._popen = popen
+        self._log = log
+        self._on_exit: Callable[[], None] | None = None
+        self._hello: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
+        self._pidfd = os.pidfd_open(popen.pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._has_exited)
+        self._caller = control.Caller(control.Channel(caller_socket), self._event)
+
+    @classmethod
+    async def start(
+        cls,
+        command: Sequence[str],
+        spec: WorkerSpec,
+        *,
+        extra_environment: Mapping[str, str],
+        log: Path,
+        settings: Settings,
+    ) -> tuple[WorkerProcess, Hello]:
+        """Raises WorkerNotStarted, with the last lines of its log; then its process is gone."""
+        out = await asyncio.to_thread(_open_log, log, settings.log_bytes)
+        ours, theirs = control.pair()
+        try:
+            # Spawned by this very thread: the worker's parent-death signal comes when the spawning thread ends.
+            popen = subprocess.Popen(  # noqa: ASYNC220
+                [*command, "--control-fd", str(theirs.fileno()), "--spec", spec.to_json()],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                pass_fds=[theirs.fileno()],
+                env=environment(spec, extra_environment),
+                process_group=0,
+            )
+        except OSError as error:
+            ours.close()
+            raise WorkerNotStarted(f"{spec.model}: {command[0]}: {error}") from None
+        finally:
+            theirs.close()
+            os.close(out)
+        worker = cls(popen, spec, ours, log)
+        try:
+            return worker, await worker._greeting(settings.start_s)
+        except BaseException:
+            # A cancelled start, too, leaves no process.
+            await asyncio.shield(worker.stop(settings, politely=False))
+            raise
+
+    def on_exit(self, told: Callable[[], None]) -> None:
+        """Calls `told` once the process has ended, at once where it has already."""
+        self._on_exit = told
+        if self.exited.is_set():
+            told()
+
+    async def call(self, verb: str, *, deadline_s: float, fd: int | None = None, **arguments: Any) -> dict[str, Any]:
+        """Raises VerbFailed, WorkerDied, TransitionError past the deadline."""
+        try:
+            return await self._caller.call(verb, deadline_s=deadline_s, fd=fd, **arguments)
+        except TimeoutError:
+            raise TransitionError(f"{self.spec.model}: no answer to {verb} within {deadline_s:.1f} s") from None
+        except control.ChannelClosed:
+            raise WorkerDied(f"{self.spec.model}: the worker (pid {self.pid}) ended during {verb}") from None
+
+    async def stop(self, settings: Settings, *, politely: bool = True) -> None:
+        """Stop verb, then TERM, then KILL, to the whole group. Raises TransitionError where even that did not help."""
+        steps: list[tuple[int | None, float]] = [(signal.SIGTERM, settings.term_s), (signal.SIGKILL, settings.kill_s)]
+        if politely:
+            steps.insert(0, (None, settings.verb_s))
+        for number, deadline_s in steps:
+            if self.exited.is_set():
+                break
+            since = time.monotonic()
+            if number is not None:
+                self._signal(number)
+            else:
+                with contextlib.suppress(MballError):
+                    await self.call("stop", deadline_s=deadline_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.exited.wait(), max(0.0, deadline_s - (time.monotonic() - since)))
+        if not self.exited.is_set():
+            raise TransitionError(f"{self.spec.model}: worker {self.pid} could not be killed")
+        await self._caller.close()
+
+    def kill(self) -> None:
+        """At once, without waiting."""
+        if not self.exited.is_set():
+            self._signal(signal.SIGKILL)
+
+    async def last_lines(self) -> str:
+        """The end of its log, for an error's text."""
+        return await asyncio.to_thread(_tail, self._log)
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._popen.returncode
+
+    async def _greeting(self, deadline_s: float) -> Hello:
+        ended = asyncio.ensure_future(self.exited.wait())
+        either: set[asyncio.Future[Any]] = {self._hello, ended}
+        try:
+            await asyncio.wait(either, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        if self._hello.done():
+            return self._hello.result()
+        self._hello.cancel()
+        why = f"ended with code {self.exit_code}" if self.exited.is_set() else f"gave no hello in {deadline_s:.0f} s"
+        lines = await self.last_lines()
+        raise WorkerNotStarted(f"{self.spec.model}: its worker {why}; the end of {self._log}:\n{lines}")
+
+    def _event(self, message: Mapping[str, Any]) -> None:
+        match message.get("event"):
+            case "hello" if not self._hello.done():
+                try:
+                    self._hello.set_result(Hello.of(message))
+                except (KeyError, TypeError, ValueError) as error:
+                    self._hello.set_exception(WorkerNotStarted(f"{self.spec.model}: a hello without {error}"))
+            case "failed" if not self._hello.done():
+                text = f"{self.spec.model}: {message.get('error')}"
+                self._hello.set_exception(WorkerNotStarted(text, final=True))
+            case "progress":
+                self.loaded_bytes = int(message.get("loaded_bytes", 0))
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def _has_exited(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        # While the leader is unreaped its group's number can't be another's: now is the time to end what it left.
+        self._signal(signal.SIGKILL)
+        self._popen.wait()
+        self.exited.set()
+        if self._on_exit is not None:
+            self._on_exit()
+
+
+def _open_log(path: Path, limit_bytes: int) -> int:
+    """A descriptor to append to; a log over the limit becomes `.1` first."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.stat().st_size > limit_bytes:
+            path.replace(path.with_name(path.name + ".1"))
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = deque(file.read().decode(errors="replace").splitlines(), maxlen=_TAIL_LINES)
+    except OSError as error:
+        return f"({error})"
+    return "\n".join(lines)

@@ -1,0 +1,55 @@
+"""How the manager waits, retries and weighs: every number in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mball.units import GiB, MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Deadlines in seconds, sizes in bytes.
+
+    `swap_time_share` bounds switching: a stay on the device lasts so long that swapping takes at most this share of
+    the time. `max_wait_s` is the age at which the oldest waiter may end another model's stay early.
+    `slack_bytes` is what a demoted worker may hold above its idle level without being stopped for it; what it really
+    holds is charged to it. `working_bytes` is the least that a model is thought to need beside weights and KV until
+    it has been measured.
+    """
+
+    max_queue: int = 1024
+    queue_timeout_s: float = 600.0
+    max_wait_s: float = 5.0
+    swap_time_share: float = 0.2
+    min_stay_s: float = 0.0
+    max_stay_s: float = 30.0
+
+    start_s: float = 300.0
+    promote_s: float = 600.0
+    demote_s: float = 60.0
+    canary_s: float = 60.0
+    drain_s: float = 120.0
+    release_s: float = 10.0
+    image_s: float = 600.0
+    verb_s: float = 10.0
+    term_s: float = 5.0
+    kill_s: float = 10.0
+
+    start_attempts: int = 3
+    backoff_s: float = 0.5
+    cool_down_s: float = 30.0
+    max_starts: int = 2
+
+    slack_bytes: int = 96 * MiB
+    working_bytes: int = 64 * MiB
+    first_rate: float = 1.0 * GiB
+    sample_s: float = 0.25
+    idle_sample_s: float = 5.0
+    rate_window_s: float = 120.0
+    log_bytes: int = 8 * MiB
+
+    def stay_s(self, swap_s: float) -> float:
+        """How long a model that took `swap_s` to bring in stays before it may be demoted for another."""
+        bound = swap_s * (1 - self.swap_time_share) / self.swap_time_share
+        return max(self.min_stay_s, min(bound, self.max_stay_s))

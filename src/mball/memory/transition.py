@@ -1,0 +1,265 @@
+"""The steps that move one model: start, promote, demote, stop. Each has a deadline, and one undo: stop the worker."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from mball.device.device import Device
+from mball.errors import (
+    ConfigError,
+    DeviceError,
+    MballError,
+    ModelDoesNotFit,
+    NotReleased,
+    TransitionError,
+    WorkerDied,
+)
+from mball.memory.images import Images
+from mball.memory.ledger import Ledger
+from mball.memory.model import Model
+from mball.memory.process import WorkerProcess
+from mball.memory.settings import Settings
+from mball.memory.spec import ModelSpec, WorkerSpec
+from mball.memory.states import Process, Weights
+from mball.units import format_bytes
+
+_log = structlog.get_logger(__name__)
+_POLL_S = 0.01
+_SOCKET_PATH_BYTES = 107
+
+
+class Transitions:
+    """Moves models on one device. Promises come before bytes are taken; they end when the device shows them free."""
+
+    def __init__(
+        self,
+        device: Device,
+        ledger: Ledger,
+        images: Images,
+        settings: Settings,
+        folder: Path,
+        log_folder: Path,
+        command_for: Callable[[ModelSpec], list[str]],
+        on_exit: Callable[[Model, WorkerProcess], None],
+    ) -> None:
+        self._device = device
+        self._ledger = ledger
+        self._images = images
+        self._settings = settings
+        self._folder = folder
+        self._log_folder = log_folder
+        self._command_for = command_for
+        self._on_exit = on_exit
+
+    async def start(self, model: Model) -> None:
+        """Gone → alive. The context's bytes are promised already.
+
+        Raises WorkerNotStarted, ModelDoesNotFit, DeviceError, TransitionError; then no process is left and nothing
+        is promised.
+        """
+        async with model.lock:
+            model.state = model.state.to(Process.STARTING)
+            model.counters.starts += 1
+            model.generation += 1
+            began = time.monotonic()
+            try:
+                worker, model.hello = await WorkerProcess.start(
+                    self._command_for(model.spec),
+                    self._worker_spec(model),
+                    extra_environment=model.spec.environment,
+                    log=self._log_of(model),
+                    settings=self._settings,
+                )
+            except MballError:
+                model.state = model.state.to(Process.GONE)
+                self._ledger.give_back(model.name)
+                raise
+            model.worker = worker
+            model.state = model.state.to(Process.ALIVE)
+            worker.on_exit(lambda: self._on_exit(model, worker))
+            try:
+                await self._settle(model)
+            except MballError:
+                await self.bury(model)
+                raise
+            took = time.monotonic() - began
+            model.figures.start_s.add(took)
+            _log.info("worker started", model=model.name, pid=worker.pid, start_s=round(took, 3))
+
+    async def promote(self, model: Model, epoch: int) -> None:
+        """Alive → on the device and answering, its door still shut. There is room for it.
+
+        Raises DeviceOutOfMemory where there is none after all; WorkerDied, or TransitionError and its kin with the
+        reason, after which the worker is gone and nothing is promised.
+        """
+        async with model.lock:
+            worker, rest, settings = _alive(model), model.rest, self._settings
+            self._ledger.promise(model.name, model.needed_bytes)
+            worker.loaded_bytes = 0
+            began = time.monotonic()
+            try:
+                done = await worker.call("promote", deadline_s=settings.promote_s, epoch=epoch)
+                canary = await worker.call("canary", deadline_s=settings.canary_s)
+                if not canary.get("ok"):
+                    raise TransitionError(f"{model.name}: no token came out after the weights were loaded")
+                held = await self._held(model)
+                model.state = model.state.to(weights=Weights.DEVICE)
+                model.keeps(held)
+            except MballError:
+                await self.bury(model)
+                raise
+            took = time.monotonic() - began
+            load_s, weights_bytes = float(done.get("load_s", 0.0)), int(done.get("weights_bytes", 0))
+            model.figures.promote_s[rest].add(took)
+            model.figures.load_rate = weights_bytes / load_s if load_s > 0 else None
+            model.counters.promotions += 1
+            model.opened_s = model.queue.last_used_s = time.monotonic()
+            model.error = None
+            _log.info(
+                "promoted",
+                model=model.name,
+                epoch=epoch,
+                weights_from=rest.value,
+                promote_s=round(took, 3),
+                held_bytes=held,
+                promised_bytes=self._ledger.held(model.name),
+            )
+
+    async def demote(self, model: Model, epoch: int, reason: str) -> None:
+        """On the device → alive at rest, or gone where the worker did not give its bytes back.
+
+        Its door is shut and nobody is inside. Raises NotReleased where not even its end freed them.
+        """
+        async with model.lock:
+            if not model.on_device:
+                return
+            worker, began = _alive(model), time.monotonic()
+            model.counters.demotions += 1
+            try:
+                await worker.call("demote", deadline_s=self._settings.demote_s, epoch=epoch)
+                held = await self._released(model, model.context_bytes + self._settings.slack_bytes)
+            except (TransitionError, DeviceError) as error:
+                _log.warning("worker stopped: it did not give its memory back", model=model.name, error=str(error))
+                await self.bury(model)
+                return
+            model.state = model.state.to(weights=model.rest)
+            model.measured_bytes = held
+            self._ledger.promise(model.name, held)
+            took = time.monotonic() - began
+            model.figures.demote_s.add(took)
+            _log.info("demoted", model=model.name, epoch=epoch, demote_s=round(took, 3), held_bytes=held, reason=reason)
+
+    async def stop(self, model: Model, reason: str) -> None:
+        """Any state with a process → gone. Raises NotReleased, TransitionError as `bury`."""
+        async with model.lock:
+            if model.worker is not None:
+                await self.bury(model, politely=True)
+                _log.info("worker stopped", model=model.name, reason=reason)
+
+    async def bury(self, model: Model, *, politely: bool = False) -> None:
+        """Ends the worker for certain, proves its bytes free, and gives the promise back. The lock is held.
+
+        Raises NotReleased, or TransitionError where it can't be killed; then its bytes stay promised and its state
+        stays `stopping`, to be tried again.
+        """
+        worker = model.worker
+        if worker is None:
+            return
+        model.queue.lose()
+        if worker.exited.is_set() and model.state.process is not Process.STOPPING:
+            ended = True
+        else:
+            ended = False
+            if model.state.process is not Process.STOPPING:
+                model.state = model.state.to(Process.STOPPING)
+        await worker.stop(self._settings, politely=politely)
+        await self._gone(worker)
+        self._ledger.give_back(model.name)
+        model.worker = None
+        model.measured_bytes = 0
+        model.state = model.state.to(Process.GONE, model.rest)
+        if ended:
+            _log.warning("worker ended by itself", model=model.name, pid=worker.pid, exit_code=worker.exit_code)
+
+    async def measure(self, model: Model) -> int | None:
+        """Device bytes that its worker holds now; None where it has none, or they can't be seen."""
+        worker, hello = model.worker, model.hello
+        if worker is None or hello is None:
+            return None
+        return await asyncio.to_thread(self._device.process_bytes, worker.pid, hello.baseline_bytes)
+
+    async def _settle(self, model: Model) -> None:
+        """After a hello: what the context costs, whether the model fits at all, and its image."""
+        model.context_bytes = model.measured_bytes = await self._held(model)
+        self._ledger.promise(model.name, model.context_bytes)
+        if model.needed_bytes > self._ledger.total_bytes:
+            raise ModelDoesNotFit(does_not_fit(model, self._ledger.total_bytes))
+        await self._images.attach(model)
+
+    async def _held(self, model: Model) -> int:
+        """As `measure`. Where the device hides it, what is promised counts. Raises WorkerDied."""
+        held = await self.measure(model)
+        if model.worker is not None and model.worker.exited.is_set():
+            raise WorkerDied(f"{model.name}: its worker ended")
+        return self._ledger.held(model.name) if held is None else held
+
+    async def _released(self, model: Model, allowed_bytes: int) -> int:
+        """Waits until the worker holds no more than it may; returns what it holds. Raises NotReleased, WorkerDied."""
+        deadline = time.monotonic() + self._settings.release_s
+        while (held := await self._held(model)) > allowed_bytes:
+            if time.monotonic() > deadline:
+                raise NotReleased(
+                    f"{model.name}: its worker still holds {format_bytes(held)} of {self._device.name} "
+                    f"{self._settings.release_s:.1f} s after its demotion; {format_bytes(allowed_bytes)} are allowed"
+                )
+            await asyncio.sleep(_POLL_S)
+        return held
+
+    async def _gone(self, worker: WorkerProcess) -> None:
+        """Waits until a dead process holds nothing any more. Raises NotReleased."""
+        deadline = time.monotonic() + self._settings.release_s
+        while held := await asyncio.to_thread(self._device.process_bytes, worker.pid):
+            if time.monotonic() > deadline:
+                raise NotReleased(
+                    f"{worker.spec.model}: {self._device.name} still shows {format_bytes(held)} for its ended "
+                    f"worker (pid {worker.pid})"
+                )
+            await asyncio.sleep(_POLL_S)
+
+    def _worker_spec(self, model: Model) -> WorkerSpec:
+        # A new socket for every start: nothing that still talks to the old worker reaches the new one.
+        path = self._folder / f"{model.number}-{model.generation}.sock"
+        if len(str(path)) > _SOCKET_PATH_BYTES:
+            raise ConfigError(f"{path}: too long for a unix socket ({_SOCKET_PATH_BYTES} bytes); name a shorter folder")
+        return dataclasses.replace(model.spec.worker, socket_path=str(path), device=self._device.name)
+
+    def _log_of(self, model: Model) -> Path:
+        plain = "".join(c if c.isalnum() or c in "-._" else "_" for c in model.name)
+        return self._log_folder / f"{plain}.log"
+
+
+def does_not_fit(model: Model, total_bytes: int) -> str:
+    hello, needed = model.hello, model.needed_bytes
+    parts = ""
+    if hello is not None:
+        rest = needed - hello.weights_bytes - hello.kv_bytes
+        parts = (
+            f" (weights {format_bytes(hello.weights_bytes)}, KV {format_bytes(hello.kv_bytes)}, "
+            f"other {format_bytes(rest)})"
+        )
+    return (
+        f"{model.name}: needs {format_bytes(needed)}{parts}, the device's budget is {format_bytes(total_bytes)} in "
+        "all: raise the budget, or lower max_model_len, max_num_seqs or the KV pool"
+    )
+
+
+def _alive(model: Model) -> WorkerProcess:
+    if model.worker is None or model.state.process is not Process.ALIVE:
+        raise WorkerDied(f"{model.name}: its worker is gone")
+    return model.worker

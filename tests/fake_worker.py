@@ -1,0 +1,329 @@
+"""A worker without an engine: the control protocol and canned answers over HTTP, with faults on demand.
+
+It starts in half a second. Its weights are bytes taken from a simulated device, or touched private memory on the CPU.
+Faults are `Knobs`, handed over in the environment: `ModelSpec(..., environment=Knobs(promote_s=1).environment())`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import dataclasses
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from mball.device.account import open_account
+from mball.device.proc import private_bytes
+from mball.errors import CheckpointError, TransitionError
+from mball.memory import control
+from mball.memory.spec import WorkerSpec
+
+MiB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """How this worker behaves. A step is start, promote, canary, demote, image, drop_image, stop or request.
+
+    `crash_at`, `hang_at`, `fail_at` name the step at which it kills itself, never answers, or answers with an error.
+    `times` bounds how often that happens, over all workers that share the file `counter`; without one: always.
+    """
+
+    weights_bytes: int = 64 * MiB
+    kv_bytes: int = 16 * MiB
+    image_bytes: int = 0
+    working_bytes: int = 0
+    extra_bytes: int = 0
+    start_s: float = 0.0
+    promote_s: float = 0.0
+    demote_s: float = 0.0
+    image_s: float = 0.0
+    token_s: float = 0.0
+    tokens: int = 4
+    kept_bytes: int = 0
+    deaf: bool = False
+    orphan: bool = False
+    cannot_start: str = ""
+    crash_at: str = ""
+    hang_at: str = ""
+    fail_at: str = ""
+    fail_with: str = "a knob said so"
+    times: int = 0
+    counter: str = ""
+
+    def environment(self) -> dict[str, str]:
+        return {"FAKE_WORKER": json.dumps(dataclasses.asdict(self))}
+
+    @classmethod
+    def from_environment(cls) -> Knobs:
+        return cls(**json.loads(os.environ.get("FAKE_WORKER", "{}")))
+
+
+def command() -> list[str]:
+    """What starts it, for Manager's `command_for`."""
+    return [sys.executable, str(Path(__file__).resolve())]
+
+
+class FakeWorker:
+    """One model: a lump of bytes that is on the device or not."""
+
+    def __init__(self, spec: WorkerSpec, knobs: Knobs) -> None:
+        self.spec = spec
+        self.knobs = knobs
+        self.account = open_account(spec.device)
+        self.baseline = 0
+        self.resident = False
+        self.memory: mmap.mmap | None = None
+        self.taken = 0
+        self.image: int | None = None
+        self.image_ready = False
+        self.in_flight = 0
+        self.stopped = asyncio.Event()
+
+    @property
+    def held(self) -> int:
+        return self.knobs.weights_bytes + self.knobs.kv_bytes + self.knobs.working_bytes + self.knobs.extra_bytes
+
+    def hello(self) -> dict[str, Any]:
+        self.baseline = private_bytes(os.getpid()) or 0
+        return {
+            "event": "hello",
+            "pid": os.getpid(),
+            "baseline_bytes": self.baseline,
+            "weights_bytes": self.knobs.weights_bytes,
+            "kv_bytes": self.knobs.kv_bytes,
+            "image_bytes": self.knobs.image_bytes or self.knobs.weights_bytes,
+            "working_bytes": self.knobs.working_bytes,
+        }
+
+    async def fault(self, step: str) -> None:
+        knobs = self.knobs
+        if step not in (knobs.crash_at, knobs.hang_at, knobs.fail_at) or not self._still_faulty():
+            return
+        if step == knobs.crash_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == knobs.hang_at:
+            await asyncio.Event().wait()
+        raise TransitionError(knobs.fail_with)
+
+    def _still_faulty(self) -> bool:
+        if not self.knobs.counter:
+            return True
+        with Path(self.knobs.counter).open("a+b") as file:
+            file.write(b".")
+            file.flush()
+            return file.tell() <= self.knobs.times
+
+    def _take(self, nbytes: int) -> None:
+        self.account.take(nbytes)
+        self.taken = nbytes
+        if self.spec.device == "cpu":
+            self.memory = mmap.mmap(-1, nbytes)
+            self.memory.madvise(mmap.MADV_POPULATE_WRITE if hasattr(mmap, "MADV_POPULATE_WRITE") else 23)
+
+    def _give(self) -> int:
+        released = self.taken - min(self.taken, self.knobs.kept_bytes)
+        self.account.give(released)
+        if self.memory is not None and not self.knobs.kept_bytes:
+            self.memory.close()
+            self.memory = None
+        self.taken -= released
+        return released
+
+    async def promote(self, message: control.Message, fd: int | None) -> control.Message:
+        began = time.monotonic()
+        await asyncio.to_thread(self._take, self.held - self.taken)
+        await asyncio.sleep(self.knobs.promote_s)
+        try:
+            await self.fault("promote")
+        except TransitionError:
+            self._give()
+            raise
+        self.resident = True
+        took = time.monotonic() - began
+        return {
+            "weights_bytes": self.knobs.weights_bytes,
+            "kv_bytes": self.knobs.kv_bytes,
+            "load_s": took,
+            "total_s": took,
+            "from_image": self.image_ready,
+        }
+
+    async def demote(self, message: control.Message, fd: int | None) -> control.Message:
+        began = time.monotonic()
+        self.resident = False
+        await asyncio.sleep(self.knobs.demote_s)
+        await self.fault("demote")
+        released = await asyncio.to_thread(self._give)
+        return {
+            "released_bytes": released,
+            "total_s": time.monotonic() - began,
+            "private_bytes": private_bytes(os.getpid()),
+        }
+
+    async def attach(self, message: control.Message, fd: int | None) -> control.Message:
+        if fd is None:
+            raise CheckpointError("no descriptor came with the image", file=self.spec.path)
+        self.image = fd
+        if message["state"] == "ready":
+            self.image_ready = True
+            return {"bytes": os.fstat(fd).st_size, "fill_s": 0.0}
+        await asyncio.sleep(self.knobs.image_s)
+        await self.fault("image")
+        nbytes = await asyncio.to_thread(_fill, fd)
+        self.image_ready = True
+        return {"bytes": nbytes, "fill_s": self.knobs.image_s}
+
+    async def drop_image(self, message: control.Message, fd: int | None) -> control.Message:
+        await self.fault("drop_image")
+        if self.image is not None:
+            os.close(self.image)
+            self.image, self.image_ready = None, False
+        return {}
+
+    async def canary(self, message: control.Message, fd: int | None) -> control.Message:
+        await self.fault("canary")
+        return {"ok": self.resident, "total_s": 0.0}
+
+    async def status(self, message: control.Message, fd: int | None) -> control.Message:
+        return {"resident": self.resident, "in_flight": self.in_flight, "from_image": self.image_ready}
+
+    async def stop(self, message: control.Message, fd: int | None) -> control.Message:
+        await self.fault("stop")
+        self.stopped.set()
+        return {}
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        if not self.resident:
+            return web.json_response({"error": {"message": "the weights are not on the device"}}, status=503)
+        body = await request.json()
+        self.in_flight += 1
+        try:
+            await self.fault("request")
+            if request.path == "/v1/embeddings":
+                inputs = body["input"] if isinstance(body["input"], list) else [body["input"]]
+                data = [{"object": "embedding", "index": i, "embedding": [0.6, 0.8]} for i in range(len(inputs))]
+                usage = {"prompt_tokens": len(inputs), "total_tokens": len(inputs)}
+                return web.json_response({"object": "list", "model": self.spec.model, "data": data, "usage": usage})
+            if body.get("stream"):
+                return await self._stream(request)
+            await asyncio.sleep(self.knobs.token_s * self.knobs.tokens)
+            return web.json_response(self._whole(request.path, "".join(self._tokens())))
+        finally:
+            self.in_flight -= 1
+
+    def _tokens(self) -> list[str]:
+        return [f"{self.spec.model} "] + [f"{i} " for i in range(1, self.knobs.tokens)]
+
+    def _whole(self, path: str, text: str) -> dict[str, Any]:
+        chat = path == "/v1/chat/completions"
+        said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        return {
+            "id": "fake-1",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": 0,
+            "model": self.spec.model,
+            "choices": [{"index": 0, **said, "finish_reason": "stop"}],
+            "usage": {
+                "prompt_tokens": 1,
+                "completion_tokens": self.knobs.tokens,
+                "total_tokens": 1 + self.knobs.tokens,
+            },
+        }
+
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        chat = request.path == "/v1/chat/completions"
+        tokens = self._tokens()
+        for i, token in enumerate(tokens):
+            said = {"delta": {"content": token}} if chat else {"text": token}
+            end = "stop" if i + 1 == len(tokens) else None
+            chunk = {
+                "id": "fake-1",
+                "object": "chat.completion.chunk" if chat else "text_completion",
+                "created": 0,
+                "model": self.spec.model,
+                "choices": [{"index": 0, **said, "finish_reason": end}],
+            }
+            await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
+            await asyncio.sleep(self.knobs.token_s)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def health(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok", "in_flight": self.in_flight})
+
+    async def run(self, control_fd: int) -> None:
+        app = web.Application()
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
+            app.router.add_post(path, self.answer)
+        app.router.add_get("/health", self.health)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.UnixSite(runner, self.spec.socket_path).start()
+        channel = control.Channel(socket.socket(fileno=control_fd))
+        await asyncio.sleep(self.knobs.start_s)
+        if self.knobs.cannot_start:
+            await channel.send({"event": "failed", "error": self.knobs.cannot_start})
+            return
+        await self.fault("start")
+        await channel.send(self.hello())
+        verbs: dict[str, Callable[[control.Message, int | None], Awaitable[control.Message]]] = {
+            "promote": self.promote,
+            "demote": self.demote,
+            "image": self.attach,
+            "drop_image": self.drop_image,
+            "canary": self.canary,
+            "status": self.status,
+            "stop": self.stop,
+        }
+        serving = asyncio.create_task(control.serve(channel, verbs))
+        stopping = asyncio.create_task(self.stopped.wait())
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        # The answer to the stop verb is to get out first.
+        await asyncio.sleep(0.02)
+        serving.cancel()
+        await runner.cleanup()
+
+
+def _fill(fd: int) -> int:
+    nbytes = os.fstat(fd).st_size
+    for start in range(0, nbytes, MiB):
+        os.pwrite(fd, b"\1" * min(MiB, nbytes - start), start)
+    return nbytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--control-fd", type=int, required=True)
+    parser.add_argument("--spec", required=True)
+    arguments = parser.parse_args()
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    knobs = Knobs.from_environment()
+    if knobs.deaf:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if knobs.orphan and os.fork() == 0:
+        while True:
+            signal.pause()
+    spec = WorkerSpec.from_json(arguments.spec)
+    sys.stdout.write(f"fake worker {spec.model}\n")
+    sys.stdout.flush()
+    asyncio.run(FakeWorker(spec, knobs).run(arguments.control_fd))
+
+
+if __name__ == "__main__":
+    main()
