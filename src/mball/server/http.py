@@ -1,0 +1,133 @@
+"""What the gateway and the workers share of HTTP: strict JSON bodies, OpenAI's error object, work that ends with its
+client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections import Counter
+from collections.abc import Coroutine
+from http import HTTPStatus
+from typing import Any, NoReturn, TypeVar
+
+import structlog
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import Message, Receive
+
+from mball.errors import InvalidRequest, MballError, PayloadTooLarge, RequestError, Unavailable
+from mball.units import format_bytes
+
+_log = structlog.get_logger(__name__)
+_T = TypeVar("_T")
+
+
+async def read_body(request: Request, max_body_bytes: int) -> bytes:
+    """The whole body. Raises PayloadTooLarge as soon as it is over the limit, InvalidRequest where the client left."""
+    limit = f"the body is over {format_bytes(max_body_bytes)} (max_body_bytes)"
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > max_body_bytes:
+        raise PayloadTooLarge(limit)
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > max_body_bytes:
+                raise PayloadTooLarge(limit)
+    except ClientDisconnect:
+        raise InvalidRequest("the client left before its body was whole") from None
+    return bytes(body)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A JSON object (RFC 8259) without duplicate keys, NaN or Infinity. Raises InvalidRequest."""
+    try:
+        value = json.loads(body, object_pairs_hook=_unique, parse_constant=_not_json)
+    except InvalidRequest:
+        raise
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deep") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        double = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise InvalidRequest(f"the key {double!r} stands twice in one object", param=double)
+    return fields
+
+
+def _not_json(constant: str) -> NoReturn:
+    raise InvalidRequest(f"the body is not JSON: {constant} is no number in it")
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """`{"error": {"message", "type", "param", "code"}}`; what is not ours says nothing of its inside."""
+    if isinstance(error, RequestError):
+        fields = {"message": str(error), "type": error.type, "param": error.param, "code": error.code}
+    elif isinstance(error, MballError):
+        fields = {"message": str(error), "type": "server_error", "param": None, "code": None}
+    else:
+        fields = {"message": "internal error", "type": "server_error", "param": None, "code": None}
+    return {"error": fields}
+
+
+def error_response(error: Exception) -> JSONResponse:
+    """The error with its status, and a Retry-After in whole seconds where trying again helps."""
+    headers = {}
+    if isinstance(error, Unavailable) and error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    status = error.status if isinstance(error, RequestError) else 500
+    return JSONResponse(error_body(error), status_code=status, headers=headers)
+
+
+async def on_mball_error(_: Request, error: Exception) -> JSONResponse:
+    return error_response(error)
+
+
+async def on_http_error(request: Request, error: Exception) -> JSONResponse:
+    """404 and 405 of the router."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    headers = error.headers if isinstance(error, HTTPException) else None
+    what = HTTPStatus(status).phrase.lower()
+    body = error_body(InvalidRequest(f"{request.method} {request.url.path}: {what}"))
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+async def on_unexpected(request: Request, error: Exception) -> JSONResponse:
+    """Starlette logs the traceback itself."""
+    _log.error("request failed", path=request.url.path, error=repr(error))
+    return error_response(error)
+
+
+class ClientLeft(MballError):
+    """The client closed its connection; there is nobody to answer."""
+
+
+async def unless_disconnected(work: Coroutine[Any, Any, _T], receive: Receive) -> _T:
+    """Runs `work` and gives its result; cancels it as soon as the client leaves, and raises ClientLeft."""
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if not task.done():
+            task.cancel()
+        leaving.cancel()
+        await asyncio.wait({task, leaving})
+    if task.cancelled():
+        raise ClientLeft("the client left before its answer was whole")
+    return task.result()
+
+
+async def _disconnect(receive: Receive) -> None:
+    message: Message = {"type": ""}
+    while message["type"] != "http.disconnect":
+        message = await receive()
