@@ -1,0 +1,133 @@
+"""The worker's routes: OpenAI's three, and /health."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+import structlog
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mball.errors import MballError
+from mball.server import http
+from mball.server.worker.answers import Answer
+from mball.server.worker.embeddings import answer_embeddings
+from mball.server.worker.formats import ChatFormat, CompletionFormat, Format
+from mball.server.worker.generation import Job
+from mball.server.worker.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, SamplingRequest, parse
+from mball.server.worker.sampling import Wanted, sampling_params
+from mball.server.worker.service import Service
+from mball.units import MiB
+
+MAX_BODY_BYTES = 64 * MiB
+"""The gateway's own limit is lower and configurable; this one bounds the worker alone."""
+BODY_TIMEOUT_S = 60.0
+
+_log = structlog.get_logger(__name__)
+_Handler = Callable[[Service, bytes], Awaitable[Response]]
+
+
+def create_app(service: Service) -> Starlette:
+    """The worker's HTTP side over one service."""
+    app = Starlette(
+        routes=[
+            _post("/v1/chat/completions", service, _chat),
+            _post("/v1/completions", service, _completions),
+            _post("/v1/embeddings", service, _embeddings),
+            Route("/health", lambda _: JSONResponse({"status": "ok", "resident": service.is_open})),
+        ],
+        exception_handlers={
+            MballError: http.on_mball_error,
+            HTTPException: http.on_http_error,
+            Exception: http.on_unexpected,
+        },
+    )
+    app.add_middleware(_Counted, service=service)
+    return app
+
+
+class _Counted:
+    """Counts what is under way and writes one line for each request; never a text."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] == "/health":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 0
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        with self._service.counted():
+            try:
+                await self._app(scope, receive, watch)
+            finally:
+                _log.info("request", path=scope["path"], status=status, seconds=round(time.perf_counter() - began, 4))
+
+
+def _post(path: str, service: Service, handler: _Handler) -> Route:
+    async def endpoint(request: Request) -> Response:
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body = await http.read_body(request, MAX_BODY_BYTES)
+        except TimeoutError:
+            raise http.ClientLeft(f"the body took over {BODY_TIMEOUT_S:.0f} s") from None
+        return await handler(service, body)
+
+    return Route(path, endpoint, methods=["POST"])
+
+
+async def _chat(service: Service, body: bytes) -> Response:
+    engine = service.generator("/v1/chat/completions")
+    request = parse(ChatRequest, http.parse_object(body))
+    service.check_model(request.model)
+    prompt = await service.in_text_thread(service.tokenizer.encode_chat, request.messages)
+    wanted = Wanted(request.wanted_tokens, request.wanted_logprobs)
+    params = sampling_params(request, wanted, len(prompt), engine, service.spec.max_logprobs)
+    jobs = [Job(prompt, sampling) for sampling in params]
+    return _answer(service, request, jobs, ChatFormat(service.tokenizer, wanted.logprobs), len(prompt))
+
+
+async def _completions(service: Service, body: bytes) -> Response:
+    engine = service.generator("/v1/completions")
+    request = parse(CompletionRequest, http.parse_object(body))
+    service.check_model(request.model)
+    wanted = Wanted(request.max_tokens if request.max_tokens is not None else 16, request.logprobs)
+    jobs, prompt_tokens = [], 0
+    for prompt in await service.token_ids(request.prompt, engine.vocab_size, "prompt"):
+        prompt_tokens += len(prompt)
+        params = sampling_params(request, wanted, len(prompt), engine, service.spec.max_logprobs)
+        jobs += [Job(prompt, sampling) for sampling in params]
+    return _answer(service, request, jobs, CompletionFormat(service.tokenizer, wanted.logprobs), prompt_tokens)
+
+
+def _answer(service: Service, request: SamplingRequest, jobs: list[Job], form: Format, prompt_tokens: int) -> Answer:
+    service.check_open()
+    return Answer(
+        service.generation(jobs, request.stop),
+        form,
+        model=service.spec.model,
+        fingerprint=service.fingerprint,
+        prompt_tokens=prompt_tokens,
+        stream=request.stream,
+        include_usage=request.include_usage,
+    )
+
+
+async def _embeddings(service: Service, body: bytes) -> Response:
+    engine = service.embedder("/v1/embeddings")
+    request = parse(EmbeddingRequest, http.parse_object(body))
+    service.check_model(request.model)
+    return await answer_embeddings(service, engine, request)

@@ -1,0 +1,172 @@
+"""A worker's life: open the model, listen, say hello, answer until told to stop or until nobody is there to tell."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+import torch
+import uvicorn
+
+from mball.device.account import open_account
+from mball.errors import MballError
+from mball.memory import control
+from mball.memory.spec import WorkerSpec
+from mball.server.engine import footprint, open_engine
+from mball.server.worker.app import create_app
+from mball.server.worker.service import Service
+from mball.server.worker.threads import in_thread
+from mball.server.worker.tokenizer import Tokenizer
+from mball.server.worker.verbs import Verbs, trimmed_private_bytes
+
+EXIT_TIMEOUT_S = 20.0
+"""From the first word of stopping to the end of the process, whatever hangs."""
+_GRACE_S = 2
+_PR_SET_PDEATHSIG = 1
+
+_log = structlog.get_logger(__name__)
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when the thread that started it ends. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+
+
+async def run(control_fd: int, spec: WorkerSpec) -> int:
+    """The exit code: 0 after a stop, 1 where the model could not be opened (the manager was told why)."""
+    stopping = asyncio.Event()
+    channel = control.Channel(socket.socket(fileno=control_fd))
+    with _stopped_by_signals(stopping), contextlib.closing(channel):
+        try:
+            service = _open(spec)
+            listener = _listen(spec.socket_path)
+        except (MballError, OSError, ValueError, RuntimeError, ImportError) as error:
+            _log.error("cannot start", model=spec.model, error=repr(error))
+            with contextlib.suppress(control.ChannelClosed):
+                text = f"{type(error).__name__}: {error}"
+                await channel.send({"event": "failed", "error": text[:4000]})
+            return 1
+        try:
+            await _serve(service, listener, channel, stopping)
+        finally:
+            _remove(spec.socket_path)
+    return 0
+
+
+def _open(spec: WorkerSpec) -> Service:
+    torch.set_num_threads(spec.threads)
+    account = open_account(spec.device)
+    tokenizer = Tokenizer(spec.path, trust_remote_code=spec.trust_remote_code)
+    return Service(spec, open_engine(spec, account), tokenizer)
+
+
+def _listen(path: str) -> socket.socket:
+    """Nobody but this user may connect: the socket is made under a mask, never open for a moment."""
+    _remove(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        sock.bind(path)
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f"{path}: {error.strerror or error}") from None
+    finally:
+        os.umask(before)
+    return sock
+
+
+def _remove(path: str) -> None:
+    Path(path).unlink(missing_ok=True)
+
+
+class _Server(uvicorn.Server):
+    """Signals are the worker's own business."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(service: Service, listener: socket.socket, channel: control.Channel, stopping: asyncio.Event) -> None:
+    server = _Server(
+        uvicorn.Config(
+            create_app(service),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=_GRACE_S,
+            timeout_keep_alive=600,
+        )
+    )
+    verbs = Verbs(service, channel, stopping.set)
+    http = asyncio.create_task(server.serve([listener]), name="http")
+    manager = asyncio.create_task(_answer_manager(service, channel, verbs), name="control")
+    stop = asyncio.create_task(stopping.wait(), name="stop")
+    await asyncio.wait({http, manager, stop}, return_when=asyncio.FIRST_COMPLETED)
+    _bound_the_exit()
+    _log.info("stopping", model=service.spec.model, asked=stopping.is_set())
+    service.close()
+    server.should_exit = True
+    await asyncio.wait({http})
+    for task in (manager, stop):
+        task.cancel()
+    await asyncio.wait({manager, stop})
+    verbs.close()
+    await in_thread(service.engine.close)
+    for task in (http, manager):
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error
+
+
+async def _answer_manager(service: Service, channel: control.Channel, verbs: Verbs) -> None:
+    """Returns when the manager's end closes."""
+    baseline_bytes = trimmed_private_bytes()
+    needs = footprint(service.spec)
+    with contextlib.suppress(control.ChannelClosed):
+        await channel.send(
+            {
+                "event": "hello",
+                "pid": os.getpid(),
+                "baseline_bytes": baseline_bytes,
+                "weights_bytes": needs.weights_bytes,
+                "kv_bytes": needs.kv_bytes,
+                "working_bytes": needs.activation_bytes,
+                "image_bytes": service.engine.image_bytes,
+            }
+        )
+    await control.serve(channel, verbs.table())
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(stopping: asyncio.Event) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _bound_the_exit() -> None:
+    """Threads that hang in a read or a kernel can't be ended; the process can."""
+
+    def end() -> None:
+        _log.error("still not stopped; ending the process", after_s=EXIT_TIMEOUT_S)
+        os._exit(70)
+
+    timer = threading.Timer(EXIT_TIMEOUT_S, end)
+    timer.daemon = True
+    timer.start()

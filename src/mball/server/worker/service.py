@@ -1,0 +1,127 @@
+"""One model as this process serves it, and whether it may be served now."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar, cast
+
+from mball import __version__
+from mball.errors import Draining, InvalidRequest, MballError, UnknownModel
+from mball.memory.spec import WorkerSpec
+from mball.server.engine.api import Embedder, Generator
+from mball.server.worker.generation import Generation, Job, NotResident
+from mball.server.worker.protocol import TokenIds
+from mball.server.worker.tokenizer import Tokenizer
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+class Service:
+    """`open` is the gate: the manager's verbs open it after a promotion and close it before a demotion."""
+
+    def __init__(self, spec: WorkerSpec, engine: Generator | Embedder, tokenizer: Tokenizer) -> None:
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.in_flight = 0
+        self.fingerprint = f"fp_{hashlib.sha256(f'{__version__} {spec.path} {spec.dtype}'.encode()).hexdigest()[:10]}"
+        self.engine = engine
+        self.embedding = asyncio.Lock()
+        self._open = False
+        self._closed = False
+        self._live: set[Generation] = set()
+        # Long texts take long to tokenise; the loop has streams to feed meanwhile.
+        self._text_threads = ThreadPoolExecutor(2, thread_name_prefix="text")
+
+    def generator(self, path: str) -> Generator:
+        """Raises InvalidRequest where the model embeds."""
+        if self.spec.task != "generate":
+            raise InvalidRequest(f"{self.spec.model} is an embedding model: use /v1/embeddings, not {path}")
+        return cast(Generator, self.engine)
+
+    def embedder(self, path: str) -> Embedder:
+        """Raises InvalidRequest where the model generates."""
+        if self.spec.task != "embed":
+            raise InvalidRequest(f"{self.spec.model} generates text: use /v1/chat/completions, not {path}")
+        return cast(Embedder, self.engine)
+
+    def check_model(self, name: str) -> None:
+        if name != self.spec.model:
+            raise UnknownModel(f"this worker serves {self.spec.model!r}, not {name!r}", param="model")
+
+    @property
+    def is_open(self) -> bool:
+        return self._open
+
+    def check_open(self) -> None:
+        """Raises Draining, NotResident."""
+        if self._closed:
+            raise Draining(f"{self.spec.model}: its worker is stopping", retry_after_s=1.0)
+        if not self._open:
+            raise NotResident(f"{self.spec.model} is not on the device now")
+
+    def open_gate(self) -> None:
+        self._open = True
+
+    def close_gate(self) -> None:
+        """New requests are refused, and those under way end."""
+        self._open = False
+        self._interrupt(NotResident(f"{self.spec.model} left the device while it answered"))
+
+    def close(self) -> None:
+        """The process ends: so does every request."""
+        self._closed = True
+        self._interrupt(Draining(f"{self.spec.model}: its worker is stopping", retry_after_s=1.0))
+        self._text_threads.shutdown(wait=False, cancel_futures=True)
+
+    def _interrupt(self, error: MballError) -> None:
+        for generation in self._live:
+            generation.fail(error)
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """One HTTP request under way."""
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    @contextlib.asynccontextmanager
+    async def generation(self, jobs: Sequence[Job], stops: Sequence[str]) -> AsyncIterator[Generation]:
+        """The sequences, running. Raises NotResident, Draining."""
+        self.check_open()
+        generation = Generation(cast(Generator, self.engine), self.tokenizer, jobs, stops)
+        self._live.add(generation)
+        try:
+            async with generation:
+                yield generation
+        finally:
+            self._live.discard(generation)
+
+    async def token_ids(self, inputs: Sequence[str | TokenIds], vocab_size: int, param: str) -> list[TokenIds]:
+        """Raises InvalidRequest for ids outside the vocabulary and for a text of no tokens."""
+
+        def encode() -> list[TokenIds]:
+            return [self.tokenizer.encode(entry) if isinstance(entry, str) else entry for entry in inputs]
+
+        prompts = await self.in_text_thread(encode)
+        for index, ids in enumerate(prompts):
+            if not ids:
+                raise InvalidRequest(f"`{param}[{index}]` is empty", param=param)
+            if max(ids) >= vocab_size:
+                raise InvalidRequest(f"`{param}[{index}]`: the vocabulary has {vocab_size} tokens", param=param)
+        return prompts
+
+    async def in_text_thread(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._text_threads, lambda: function(*args, **kwargs))
+
+    def status(self) -> dict[str, Any]:
+        """The engine's numbers, and the requests under way."""
+        status = self.engine.status()
+        fields = {name: getattr(status, name) for name in status.__slots__}
+        return {**fields, "in_flight": self.in_flight}

@@ -1,0 +1,178 @@
+"""The model's tokenizer: text to ids, ids to text. What a user typed never becomes a control token."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mball.errors import InvalidRequest, UnsupportedCheckpoint
+
+Ids = list[int]
+Message = dict[str, str]
+
+_NEVER = r"(?!)"
+
+
+class Tokenizer:
+    """Safe in any thread: nothing here changes after the start.
+
+    Control tokens are the special tokens, and the other added tokens that stand in the chat template's source (some
+    models' role markers are not flagged special).
+    """
+
+    def __init__(self, path: str, *, trust_remote_code: bool = False) -> None:
+        """Raises UnsupportedCheckpoint where the folder has no fast tokenizer."""
+        try:
+            loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                path, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise UnsupportedCheckpoint(f"its tokenizer can't be read: {error}", file=path) from None
+        backend = getattr(loaded, "backend_tokenizer", None)
+        if not isinstance(backend, Backend):
+            raise UnsupportedCheckpoint("it has no fast tokenizer (tokenizer.json)", file=path)
+        backend.no_truncation()
+        backend.no_padding()
+        self._loaded = loaded
+        self._backend = backend
+        self.has_chat_template = loaded.chat_template is not None
+        control = _control_tokens(loaded)
+        unknown = getattr(backend.model, "unk_token", None)
+        self._never_typed = frozenset(id for id, token in control.items() if token != unknown)
+        longest_first = sorted(control.values(), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or _NEVER)
+        self._prefix, self._suffix = _surroundings(backend)
+        self._newline = backend.encode("\n", add_special_tokens=False).ids
+        self.decode: Callable[[Sequence[int]], str] = backend.decode
+        self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backend.get_vocab_size()
+
+    def encode(self, text: str) -> Ids:
+        """A prompt's ids, with what the tokenizer itself puts around a text (BOS, [CLS] … [SEP])."""
+        if not self._control.search(text):
+            return self._checked(self._backend.encode(text).ids, len(self._prefix) + len(self._suffix))
+        marks = _Marks(self._control)
+        return [*self._prefix, *self._encode_marked(marks.mark(text), marks), *self._suffix]
+
+    def encode_chat(self, messages: Sequence[Message], template_arguments: dict[str, Any] | None = None) -> Ids:
+        """The ids of a conversation in the model's chat template, open for the assistant's turn.
+
+        Raises InvalidRequest where the model has no template or its template refuses the conversation.
+        """
+        if not self.has_chat_template:
+            raise InvalidRequest("the model has no chat template; use /v1/completions", param="messages")
+        typed = any(self._control.search(text) for message in messages for text in message.values())
+        marks = _Marks(self._control) if typed else None
+        conversation = [{k: marks.mark(v) for k, v in m.items()} for m in messages] if marks else list(messages)
+        try:
+            text = self._loaded.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True, **(template_arguments or {})
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(f"the model's chat template refuses: {error}", param="messages") from None
+        if marks is None:
+            return self._whole(str(text))
+        return self._encode_marked(str(text), marks)
+
+    def _encode_marked(self, text: str, marks: _Marks) -> Ids:
+        pieces = marks.split(text)
+        ids = self._whole(pieces[0] or "")
+        for index, piece in enumerate(pieces[1:], 1):
+            if piece:
+                ids += self._after_newline(piece, self._plain if index % 2 else self._whole)
+        return ids
+
+    def _whole(self, text: str) -> Ids:
+        """Ids as the tokenizer gives them: control tokens are found."""
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        return self._checked(ids, len(self._control.findall(text)))
+
+    def _plain(self, text: str) -> Ids:
+        """Ids of the tokenizer's own steps without the search for added tokens."""
+        normalizer, splitter = self._backend.normalizer, self._backend.pre_tokenizer
+        normal = normalizer.normalize_str(text) if normalizer is not None else text
+        words = [word for word, _ in splitter.pre_tokenize_str(normal)] if splitter is not None else [normal]
+        return self._checked([token.id for word in words for token in self._backend.model.tokenize(word)], 0)
+
+    def _after_newline(self, text: str, encode: Callable[[str], Ids]) -> Ids:
+        """A piece from the middle of a text: tokenizers that put a space before a text must not put one here."""
+        ids = encode("\n" + text)
+        head = len(self._newline)
+        return ids[head:] if ids[:head] == self._newline else encode(text)
+
+    def _checked(self, ids: Ids, allowed: int) -> Ids:
+        # A normaliser may turn other characters into a control token's own.
+        if sum(id in self._never_typed for id in ids) > allowed:
+            raise InvalidRequest("the text holds characters that this model's tokenizer reads as a control token")
+        return ids
+
+    def token_text(self, token_id: int) -> str:
+        """The token alone; U+FFFD stands for bytes that are no whole character."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        token = self._backend.id_to_token(token_id) or ""
+        if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+            return bytes([int(match[1], 16)])
+        text = self._backend.decode([token_id], skip_special_tokens=False)
+        if "\ufffd" in text and all(character in _BYTE_OF for character in token):
+            return bytes(_BYTE_OF[character] for character in token)
+        return text.encode()
+
+
+class _Marks:
+    """Brackets around control tokens in users' text that nobody can guess, so that the template's own stand out."""
+
+    def __init__(self, control: re.Pattern[str]) -> None:
+        nonce = secrets.token_hex(8)
+        self._open, self._close = f"\u2045{nonce}\u2044", f"\u2044{nonce}\u2046"
+        self._control = control
+        # A template that cuts a text may leave a bracket alone; it still parts what stands on its two sides.
+        self._split = re.compile(f"{self._open}({control.pattern}){self._close}|{self._open}|{self._close}")
+
+    def mark(self, text: str) -> str:
+        return self._control.sub(f"{self._open}\\g<0>{self._close}", text)
+
+    def split(self, text: str) -> list[str | None]:
+        """[text, typed control token or None, text, …]."""
+        return self._split.split(text)
+
+
+def _control_tokens(loaded: PreTrainedTokenizerBase) -> dict[int, str]:
+    templates = loaded.chat_template
+    source = "\0".join(templates.values()) if isinstance(templates, dict) else templates or ""
+    return {
+        id: token.content
+        for id, token in loaded.added_tokens_decoder.items()
+        if token.special or (token.content in source and not token.content.isspace())
+    }
+
+
+def _surroundings(backend: Backend) -> tuple[Ids, Ids]:
+    """The ids that the tokenizer puts before and after a text."""
+    bare = backend.encode("a", add_special_tokens=False).ids
+    dressed = backend.encode("a").ids
+    for start in range(len(dressed) - len(bare) + 1):
+        if dressed[start : start + len(bare)] == bare:
+            return dressed[:start], dressed[start + len(bare) :]
+    return [], []
+
+
+def _byte_characters() -> dict[str, int]:
+    """The characters that byte-level tokenizers write bytes with (GPT-2's table: printable bytes as themselves)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_characters()

@@ -1,0 +1,207 @@
+"""What the manager may ask of a worker over the control channel."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import dataclasses
+import gc
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from mball.device.proc import private_bytes
+from mball.errors import TransitionError
+from mball.memory.control import Channel, ChannelClosed, Handler, Message
+from mball.server.engine.api import GenerateRequest, Output, SamplingParams
+from mball.server.worker.service import Service
+from mball.server.worker.threads import in_thread
+
+CANARY_TIMEOUT_S = 60.0
+PROGRESS_INTERVAL_S = 0.2
+_CANARY_TEXT = "The"
+
+_log = structlog.get_logger(__name__)
+
+
+class Verbs:
+    """The residency verbs run one at a time, each in a thread; `status` and `stop` at any time.
+
+    A verb that carries an epoch below one seen before comes from a lease that has ended, and is refused.
+    """
+
+    def __init__(self, service: Service, channel: Channel, stop: Callable[[], None]) -> None:
+        self._service = service
+        self._channel = channel
+        self._stop = stop
+        self._moving = asyncio.Lock()
+        self._epoch = 0
+        self._image_fd: int | None = None
+        self._canary_ids = service.tokenizer.encode(_CANARY_TEXT)
+
+    def table(self) -> dict[str, Handler]:
+        return {
+            "promote": self._promote,
+            "demote": self._demote,
+            "image": self._image,
+            "drop_image": self._drop_image,
+            "canary": self._canary,
+            "status": self._status,
+            "stop": self._stopped,
+        }
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._image_fd is not None:
+            os.close(self._image_fd)
+            self._image_fd = None
+
+    async def _promote(self, message: Message, fd: int | None) -> Message:
+        _no_descriptor(fd)
+        async with self._moving:
+            self._fence(message)
+            progress = _Progress(self._channel)
+            try:
+                promoted = await in_thread(lambda: self._service.engine.promote(self._image_fd, progress.report))
+            finally:
+                await progress.close()
+            self._service.open_gate()
+            _log.info("promoted", **dataclasses.asdict(promoted))
+            return dataclasses.asdict(promoted)
+
+    async def _demote(self, message: Message, fd: int | None) -> Message:
+        _no_descriptor(fd)
+        began = time.perf_counter()
+        async with self._moving:
+            self._fence(message)
+            self._service.close_gate()
+            async with self._service.embedding:
+                demoted = await in_thread(self._service.engine.demote)
+            kept = await in_thread(trimmed_private_bytes)
+            answer = {"released_bytes": demoted.released_bytes, "private_bytes": kept}
+            _log.info("demoted", **answer)
+            return {**answer, "total_s": time.perf_counter() - began}
+
+    async def _image(self, message: Message, fd: int | None) -> Message:
+        if fd is None:
+            raise TransitionError("image: no descriptor came with it")
+        try:
+            async with self._moving:
+                began = time.perf_counter()
+                match message.get("state"):
+                    case "ready":
+                        filled = 0
+                    case "empty":
+                        filled = await in_thread(lambda: self._service.engine.fill_image(fd))
+                    case state:
+                        raise TransitionError(f"image: its state is 'empty' or 'ready', not {state!r}")
+                self.close()
+                self._image_fd = os.dup(fd)
+                return {"bytes": filled, "fill_s": time.perf_counter() - began}
+        finally:
+            os.close(fd)
+
+    async def _drop_image(self, message: Message, fd: int | None) -> Message:
+        _no_descriptor(fd)
+        async with self._moving:
+            self.close()
+        return {}
+
+    async def _canary(self, message: Message, fd: int | None) -> Message:
+        """One greedy token, or one vector."""
+        _no_descriptor(fd)
+        began = time.perf_counter()
+        if self._service.spec.task == "embed":
+            embedder = self._service.embedder("canary")
+            async with self._service.embedding:
+                await in_thread(lambda: embedder.embed([self._canary_ids]))
+        else:
+            await self._one_token()
+        return {"ok": True, "total_s": time.perf_counter() - began}
+
+    async def _one_token(self) -> None:
+        engine = self._service.generator("canary")
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Output] = loop.create_future()
+
+        def settle(output: Output) -> None:
+            if output.finish_reason is not None and not answer.done():
+                answer.set_result(output)
+
+        def emit(output: Output) -> None:
+            loop.call_soon_threadsafe(settle, output)
+
+        request = GenerateRequest("canary", self._canary_ids, SamplingParams(max_tokens=1, seed=0, temperature=0.0))
+        engine.submit(request, emit)
+        try:
+            async with asyncio.timeout(CANARY_TIMEOUT_S):
+                output = await answer
+        except TimeoutError:
+            raise TransitionError(f"canary: no token within {CANARY_TIMEOUT_S:.0f} s") from None
+        finally:
+            engine.abort("canary")
+        if output.token_id is None:
+            raise TransitionError(f"canary: {output.error or output.finish_reason}")
+
+    async def _status(self, message: Message, fd: int | None) -> Message:
+        _no_descriptor(fd)
+        return self._service.status()
+
+    async def _stopped(self, message: Message, fd: int | None) -> Message:
+        _no_descriptor(fd)
+        self._stop()
+        return {}
+
+    def _fence(self, message: Message) -> None:
+        epoch = message.get("epoch", 0)
+        if not isinstance(epoch, int) or epoch < self._epoch:
+            raise TransitionError(f"the lease of epoch {epoch!r} has ended: epoch {self._epoch} was seen")
+        self._epoch = epoch
+
+
+class _Progress:
+    """Loaded bytes as events, from the loader's threads, a few a second."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._loop = asyncio.get_running_loop()
+        self._next = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def report(self, loaded_bytes: int, total_bytes: int) -> None:
+        now = time.monotonic()
+        if now >= self._next or loaded_bytes == total_bytes:
+            self._next = now + PROGRESS_INTERVAL_S
+            event = {"event": "progress", "loaded_bytes": loaded_bytes, "total_bytes": total_bytes}
+            self._loop.call_soon_threadsafe(self._start, event)
+
+    def _start(self, event: dict[str, Any]) -> None:
+        if self._task is None or self._task.done():
+            self._task = self._loop.create_task(self._send(event))
+
+    async def _send(self, event: dict[str, Any]) -> None:
+        try:
+            await self._channel.send(event)
+        except ChannelClosed:
+            return
+
+    async def close(self) -> None:
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=PROGRESS_INTERVAL_S)
+            self._task.cancel()
+
+
+def trimmed_private_bytes() -> int:
+    """What this process holds alone, once freed heap is back with the kernel."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return private_bytes(os.getpid()) or 0
+
+
+def _no_descriptor(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)
+        raise TransitionError("a descriptor came with a verb that takes none")
