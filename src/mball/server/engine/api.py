@@ -129,6 +129,15 @@ class Residency(Protocol):
 class Generator(Residency, Protocol):
     """An engine that continues sequences."""
 
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+
     def submit(self, request: GenerateRequest, emit: Emit) -> None:
         """Queue a sequence. Thread-safe, does not block. A sequence that can never fit ends with "error"."""
 
@@ -140,6 +149,15 @@ class Generator(Residency, Protocol):
 
 class Embedder(Residency, Protocol):
     """An engine that maps token sequences to vectors."""
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def hidden_size(self) -> int: ...
 
     def embed(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """One vector of `hidden_size` floats per prompt, pooled and normalised as the model's files say. Blocks."""
