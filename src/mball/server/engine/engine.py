@@ -273,10 +273,7 @@ class GenerateEngine:
             self._deliver(sequence, output)
 
     def _deliver(self, sequence: Sequence[Request], output: Output) -> None:
-        if sequence.owner.finished:
-            return
-        sequence.owner.deliver(output)
-        if sequence.owner.finished:
+        if sequence.owner.deliver(output):
             self._scheduler.finish(sequence)
 
     def _keeps_prompt_logits(self, chunk: Chunk[Request]) -> bool:

@@ -62,7 +62,7 @@ class Request:
         return Output(None, prompt_logprobs=self._take_prompt_logprobs(), finish_reason="length")
 
     def deliver(self, output: Output) -> bool:
-        """Hand an output over, once after the last nothing; False where nobody listens any more."""
+        """Hand an output over; whether the request ends with it. Nothing is handed over after the end."""
         if self.finished:
             return False
         self.finished = output.finish_reason is not None
@@ -71,8 +71,7 @@ class Request:
         except RuntimeError as error:  # e.g. the event loop it calls into is closed
             log.warning("an output was not taken: %s", error)
             self.finished = True
-            return False
-        return True
+        return self.finished
 
     def _take_prompt_logprobs(self) -> tuple[Logprob | None, ...] | None:
         taken, self.prompt_logprobs = self.prompt_logprobs, None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -64,7 +64,9 @@ class Model:
 def read_config(spec: WorkerSpec) -> PreTrainedConfig:
     """The model's config.json. Raises UnsupportedCheckpoint where transformers does not know it."""
     try:
-        config = AutoConfig.from_pretrained(spec.path, local_files_only=True, trust_remote_code=spec.trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            spec.path, local_files_only=True, trust_remote_code=spec.trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedCheckpoint(f"its configuration is not understood: {error}", file=spec.path) from error
     if getattr(config, "quantization_config", None):
@@ -134,12 +136,12 @@ def build_generator(
     if "logits_to_keep" not in inspect.signature(module.forward).parameters:
         raise UnsupportedCheckpoint(f"{type(module).__name__} gives logits only for all tokens", file=spec.path)
     _check_attention(spec, module, geometry)
-    return _filled(spec, module, checkpoint)
+    return _filled(spec, module, checkpoint, headless=False)
 
 
 def build_encoder(spec: WorkerSpec, config: PreTrainedConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> Model:
     """A model without head, for padded batches. Raises UnsupportedCheckpoint."""
-    return _filled(spec, _build(AutoModel, spec, config, dtype, "sdpa"), checkpoint)
+    return _filled(spec, _build(AutoModel, spec, config, dtype, "sdpa"), checkpoint, headless=True)
 
 
 def _build(
@@ -158,7 +160,8 @@ def _build(
     if not isinstance(module, PreTrainedModel):
         raise UnsupportedCheckpoint(f"{type(module).__name__} is no transformers model", file=spec.path)
     module.tie_weights()  # init_empty_weights makes a parameter of its own of every name
-    return module.eval()
+    module.train(False)
+    return module
 
 
 def _check_attention(spec: WorkerSpec, module: PreTrainedModel, geometry: KVGeometry) -> None:
@@ -179,7 +182,7 @@ def _check_attention(spec: WorkerSpec, module: PreTrainedModel, geometry: KVGeom
         )
 
 
-def _filled(spec: WorkerSpec, module: PreTrainedModel, checkpoint: Checkpoint) -> Model:
+def _filled(spec: WorkerSpec, module: PreTrainedModel, checkpoint: Checkpoint, *, headless: bool) -> Model:
     wanted = module.state_dict(keep_vars=True)
     groups, unused = _group(module, checkpoint.tensors, wanted)
     sources: dict[str, list[Piece]] = {}
@@ -192,17 +195,17 @@ def _filled(spec: WorkerSpec, module: PreTrainedModel, checkpoint: Checkpoint) -
         filled.add(id(wanted[name]))
         sources[name] = _pieces(spec, name, wanted[name], found, checkpoint.tensors)
     patterns = [re.compile(pattern) for pattern in module._keys_to_ignore_on_load_unexpected or ()]
-    ignored.update(name for name in unused if _is_known_extra(name, patterns, module))
+    ignored.update(name for name in unused if _is_known_extra(name, patterns, headless=headless))
     return Model(module, sources, frozenset(ignored))
 
 
-def _is_known_extra(name: str, patterns: list[re.Pattern[str]], module: PreTrainedModel) -> bool:
+def _is_known_extra(name: str, patterns: list[re.Pattern[str]], *, headless: bool) -> bool:
     """Tensors that checkpoints carry and models compute themselves, or that belong to a head which is not built."""
     if any(pattern.search(name) for pattern in patterns) or "rotary_emb.inv_freq" in name:
         return True
     if name.rsplit(".", 1)[-1] in ("position_ids", "masked_bias") or re.search(r"(^|\.)pooler\.", name):
         return True
-    return not module.get_output_embeddings() and re.match(r"(cls|lm_head|score|classifier)\.", name) is not None
+    return headless and re.match(r"(cls|lm_head|score|classifier)\.", name) is not None
 
 
 @dataclass(slots=True)
@@ -214,7 +217,7 @@ class _Group:
 
 
 def _group(
-    module: PreTrainedModel, tensors: Mapping[str, TensorInfo], wanted: Mapping[str, Any]
+    module: PreTrainedModel, tensors: Mapping[str, TensorInfo], wanted: dict[str, Any]
 ) -> tuple[dict[str, _Group], set[str]]:
     transforms = get_model_conversion_mapping(module)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
