@@ -1,0 +1,51 @@
+"""What a benchmark ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from mball.units import format_bytes
+
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def describe() -> dict[str, str]:
+    """The machine in words; nothing that names its owner or host."""
+    return {
+        "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores",
+        "memory": format_bytes(psutil.virtual_memory().total),
+        "kernel": platform.release(),
+        "transparent huge pages": _chosen(_HUGE_PAGES),
+        "python": platform.python_version(),
+    }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """The installed versions of the packages that are installed."""
+    found: dict[str, str] = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _chosen(path: Path) -> str:
+    try:
+        return path.read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        return "unknown"

@@ -1,0 +1,122 @@
+"""A benchmark's result: a short table, JSON with every round, Markdown, a plot with its noise."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from mball.bench.runner import Outcome
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that is needed to judge a figure, or to make it again."""
+
+    benchmark: str
+    title: str
+    command: str
+    started: str
+    machine: dict[str, str]
+    versions: dict[str, str]
+    subject: dict[str, str | int]
+    outcomes: list[Outcome]
+    notes: list[str]
+
+    def to_json(self) -> str:
+        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """The median, and the distance between the quartiles: the noise."""
+
+    median: float
+    iqr: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Raises ValueError for no values. The noise of a single one is unknown, and given as 0."""
+        if not values:
+            raise ValueError("a spread of no values")
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (0.0, 0.0, 0.0)
+        return cls(statistics.median(values), high - low)
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ± {self.iqr:.2f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of the table: a heading, and its text for an outcome that has rounds."""
+
+    heading: str
+    cell: Callable[[Outcome], str]
+
+
+def table(report: Report, columns: Sequence[Column]) -> Table:
+    """What was timed, then what was not and why."""
+    shown = Table(title=report.title, title_justify="left")
+    shown.add_column("")
+    for column in columns:
+        shown.add_column(column.heading, justify="right")
+    for name, cells in _rows(report, columns):
+        shown.add_row(name, *cells)
+    caption = [f"{outcome.name}: not run: {outcome.not_run}" for outcome in report.outcomes if outcome.not_run]
+    shown.caption = "\n".join([*report.notes, *caption])
+    shown.caption_justify = "left"
+    return shown
+
+
+def markdown(report: Report, columns: Sequence[Column], plot: str | None) -> str:
+    """The page for docs/benchmarks. `plot` is the image's path relative to the page."""
+    lines = [f"# {report.title}", "", f"    {report.command}", ""]
+    lines += [f"| | {' | '.join(column.heading for column in columns)} |", "| --- |" + " ---: |" * len(columns)]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in _rows(report, columns)]
+    lines += [""] + [f"{note}" for note in report.notes]
+    lines += [f"{outcome.name} was not run: {outcome.not_run}." for outcome in report.outcomes if outcome.not_run]
+    if plot is not None:
+        lines += ["", f"![{report.title}]({plot})"]
+    facts = {**report.subject, **report.machine, **report.versions, "started": report.started}
+    lines += ["", "| what | value |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items())]
+    return "\n".join(lines) + "\n"
+
+
+def plot(report: Report, stem: Path, series: Sequence[tuple[str, Callable[[Outcome], list[float]]]], unit: str) -> None:
+    """Bars of medians with every round as a dot, to STEM.svg and STEM.png. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    timed = [outcome for outcome in report.outcomes if outcome.rounds][::-1]
+    figure = Figure(figsize=(7.5, 0.9 + 0.55 * len(timed) * len(series)), layout="constrained")
+    axes = figure.add_subplot()
+    height = 0.8 / len(series)
+    for number, (label, values_of) in enumerate(series):
+        places = [row + (0.5 - number - 0.5 + (len(series) - 1) / 2) * height for row in range(len(timed))]
+        medians = [statistics.median(values_of(outcome)) for outcome in timed]
+        bars = axes.barh(places, medians, height * 0.9, label=label, color=f"C{number}", alpha=0.75)
+        axes.bar_label(bars, fmt="%.2f", padding=14, fontsize=8)
+        for place, outcome in zip(places, timed, strict=True):
+            values = values_of(outcome)
+            axes.plot(values, [place] * len(values), "o", color="black", markersize=3, alpha=0.6)
+    axes.set_yticks(range(len(timed)), [outcome.name for outcome in timed])
+    axes.set_xlabel(f"{unit} (dots: single rounds)")
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    axes.set_title(report.title, fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1:
+        axes.legend(fontsize=8, frameon=False, loc="best")
+    for suffix in (".svg", ".png"):
+        figure.savefig(stem.with_suffix(suffix), dpi=150)
+
+
+def _rows(report: Report, columns: Sequence[Column]) -> list[tuple[str, list[str]]]:
+    return [
+        (outcome.name, [column.cell(outcome) for column in columns]) for outcome in report.outcomes if outcome.rounds
+    ]
