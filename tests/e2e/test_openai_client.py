@@ -138,12 +138,7 @@ async def test_who_leaves_in_the_middle_frees_the_slot_within_a_second(server: R
 async def _until(state: Client, in_flight: int, *, deadline_s: float) -> None:
     async with asyncio.timeout(deadline_s):
         while True:
-            model = next(m for m in (await asyncio.to_thread(state.state))["models"] if m["name"] == MODEL)
-            if model["in_flight"] == in_flight and (await asyncio.to_thread(_running, state)) == in_flight:
+            model = await asyncio.to_thread(state.model, MODEL)
+            if model["in_flight"] == in_flight == model["engine"]["running"]:
                 return
             await asyncio.sleep(0.02)
-
-
-def _running(state: Client) -> int:
-    """Sequences in the engine itself."""
-    return int(state.worker_status(MODEL)["running"])

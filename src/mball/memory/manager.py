@@ -152,6 +152,14 @@ class Manager:
         self._model(name).pinned = False
         self._wake()
 
+    async def engine_status(self, name: str) -> dict[str, Any] | None:
+        """What the model's engine says of itself; None where its process doesn't live.
+
+        Raises UnknownModel, TransitionError, TimeoutError.
+        """
+        worker = self._model(name).worker
+        return None if worker is None else await worker.call("status", deadline_s=self._settings.verb_s)
+
     def retry_after_s(self, name: str) -> float:
         """After how many seconds a request for the model may well be served, from measured costs; at least 1."""
         model = self._model(name)

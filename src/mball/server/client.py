@@ -43,6 +43,10 @@ class Client:
     def models(self) -> list[str]:
         return [card["id"] for card in self._request("GET", "/v1/models")["data"]]
 
+    def model(self, name: str) -> dict[str, Any]:
+        """One model's state, with its engine's own under `engine`."""
+        return self._request("GET", f"/mball/v1/models/{name}")
+
     def move(self, model: str, verb: str) -> dict[str, Any]:
         """`verb` is load, unload, pin or unpin; the model's state after it."""
         return self._request("POST", f"/mball/v1/models/{model}/{verb}")

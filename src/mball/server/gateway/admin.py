@@ -15,11 +15,16 @@ def router(manager: Manager) -> APIRouter:
 
     def model_state(name: str) -> dict[str, Any]:
         models: list[dict[str, Any]] = manager.snapshot()["models"]
-        return next(model for model in models if model["name"] == name)
+        return next(state for state in models if state["name"] == name)
 
     @routes.get("/state")
     async def state() -> dict[str, Any]:
         return manager.snapshot()
+
+    @routes.get("/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """The model's state, and under `engine` what its engine says of itself."""
+        return {"engine": await manager.engine_status(name), **model_state(name)}
 
     @routes.post("/models/{name:path}/load")
     async def load(name: str) -> dict[str, Any]:

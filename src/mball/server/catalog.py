@@ -1,0 +1,78 @@
+"""From the configuration to what the manager serves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from mball.device.device import open_device
+from mball.device.simulated import SimulatedDevice
+from mball.memory.manager import Manager
+from mball.memory.settings import Settings
+from mball.memory.spec import ModelSpec, Task, WorkerSpec
+from mball.server.config import Config, ModelConfig
+
+_POOLING = "1_Pooling/config.json"
+_ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "nomic_bert", "modernbert"})
+
+
+def build_manager(config: Config, runtime_dir: Path) -> Manager:
+    """The manager that the configuration describes, not started.
+
+    A model whose folder is defective is served all the same: asking for it gives the reason.
+    """
+    kind, _, state = config.device.partition(":")
+    if kind == "simulated" and not Path(state).exists():
+        SimulatedDevice.create(state, config.device_memory_bytes)
+    return Manager(
+        [model_spec(model, config) for model in config.models],
+        open_device(config.device),
+        device_bytes=config.device_memory_bytes,
+        dram_bytes=config.dram_bytes,
+        runtime_dir=runtime_dir,
+        log_dir=config.log_dir or runtime_dir / "logs",
+        command_for=_command,
+        settings=settings(config),
+    )
+
+
+def settings(config: Config) -> Settings:
+    return Settings(
+        max_queue=config.max_queue,
+        queue_timeout_s=config.queue_timeout_s,
+        max_wait_s=config.max_wait_s,
+        swap_time_share=config.swap_time_share,
+        start_s=config.start_timeout_s,
+    )
+
+
+def model_spec(model: ModelConfig, config: Config) -> ModelSpec:
+    worker = WorkerSpec(
+        model=model.name,
+        path=str(model.path.expanduser().absolute()),
+        task=task_of(model.path) if model.task == "auto" else model.task,
+        dtype=None if model.dtype == "auto" else model.dtype,
+        max_model_len=model.max_model_len,
+        max_num_seqs=model.max_num_seqs,
+        max_num_batched_tokens=model.max_num_batched_tokens,
+        kv_cache_bytes=model.kv_cache_memory_bytes,
+        threads=config.threads,
+        trust_remote_code=model.trust_remote_code,
+    )
+    return ModelSpec(worker, pinned=model.pinned, preload=model.preload)
+
+
+def task_of(path: Path) -> Task:
+    """`embed` for an encoder or a sentence-transformers folder, by its files; else `generate`."""
+    if (path / _POOLING).is_file():
+        return "embed"
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        return "generate"
+    return "embed" if isinstance(config, dict) and config.get("model_type") in _ENCODERS else "generate"
+
+
+def _command(_: ModelSpec) -> list[str]:
+    return [sys.executable, "-m", "mball.server.worker"]
