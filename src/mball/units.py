@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
-
-from pydantic import BeforeValidator
 
 KiB = 1 << 10
 MiB = 1 << 20
@@ -56,7 +53,3 @@ def format_bytes(count: int) -> str:
 def format_rate(count: int, seconds: float) -> str:
     """Bytes over seconds as GiB/s."""
     return f"{count / seconds / GiB:.2f} GiB/s" if seconds > 0 else "– GiB/s"
-
-
-ByteSize = Annotated[int, BeforeValidator(parse_bytes)]
-"""A pydantic field of bytes that also reads `1.5GiB`."""
