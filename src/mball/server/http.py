@@ -76,7 +76,12 @@ def error_body(error: Exception) -> dict[str, Any]:
         fields = {"message": str(error), "type": "server_error", "param": None, "code": None}
     else:
         fields = {"message": "internal error", "type": "server_error", "param": None, "code": None}
-    return {"error": fields}
+    return {"error": {name: _encodable(value) for name, value in fields.items()}}
+
+
+def _encodable(text: str | None) -> str | None:
+    """What is quoted from a request may hold half of a surrogate pair, which no answer can."""
+    return text and text.encode(errors="backslashreplace").decode()
 
 
 def error_response(error: Exception) -> JSONResponse:
@@ -84,6 +89,9 @@ def error_response(error: Exception) -> JSONResponse:
     headers = {}
     if isinstance(error, Unavailable) and error.retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, PayloadTooLarge):
+        # Else the rest of the body is read and thrown away for as long as it comes.
+        headers["connection"] = "close"
     status = error.status if isinstance(error, RequestError) else 500
     return JSONResponse(error_body(error), status_code=status, headers=headers)
 

@@ -49,6 +49,8 @@ class Tokenizer:
         longest_first = sorted(control.values(), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or _NEVER)
         self._prefix, self._suffix = _surroundings(backend)
+        self._anchor = backend.encode("a", add_special_tokens=False).ids
+        self._anchor_text = backend.decode(self._anchor, skip_special_tokens=False)
         self._newline = backend.encode("\n", add_special_tokens=False).ids
         self.decode: Callable[[Sequence[int]], str] = backend.decode
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
@@ -124,7 +126,8 @@ class Tokenizer:
         token = self._backend.id_to_token(token_id) or ""
         if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
             return bytes([int(match[1], 16)])
-        text = self._backend.decode([token_id], skip_special_tokens=False)
+        # After another token: some decoders strip the space before a text's first word.
+        text = self._backend.decode([*self._anchor, token_id], skip_special_tokens=False)[len(self._anchor_text) :]
         if "\ufffd" in text and all(character in _BYTE_OF for character in token):
             return bytes(_BYTE_OF[character] for character in token)
         return text.encode()
