@@ -22,10 +22,12 @@ PEERS = ("safetensors", "transformers")
 _REFERENCE = "safetensors"
 _PACKAGES = ("mball", "torch", "safetensors", "transformers")
 _NOTES = [
-    "From the page cache into the CPU's memory; every process is fresh, results are compared with safetensors first. "
-    "First: the first call in its process, so into fresh memory; steady: the second. Median ± distance of quartiles.",
-    "safetensors is load_file and a clone of each tensor, file by file; transformers is from_pretrained, which builds "
-    "the module too. In file: bytes of the result that are pages of the file, not the caller's own.",
+    "From the page cache into the CPU's memory. Every process is fresh, and its results were compared with those of "
+    "safetensors before. First: the first call in a process, after as much memory was touched and freed; steady: the "
+    "second call. Median ± distance of the quartiles over the rounds.",
+    "safetensors is load_file, transformers is from_pretrained (which builds the module too), both with a clone of "
+    "each tensor, as the tensors that they return are pages of the file and change with it. In file: bytes of the "
+    "result that still are. Peak: of the process, above its start.",
 ]
 
 
@@ -117,31 +119,27 @@ def _rates(measure: str, nbytes: int) -> Callable[[Outcome], list[float]]:
 def _columns(report: Report, nbytes: int) -> list[Column]:
     reference = next((outcome for outcome in report.outcomes if outcome.name == _REFERENCE and outcome.rounds), None)
 
-    def rate(measure: str) -> Column:
-        return Column(f"{measure}, GiB/s", lambda outcome: str(Spread.of(_rates(f"{measure}_s", nbytes)(outcome))))
+    def rate(heading: str, measure: str) -> Column:
+        return Column(heading, lambda outcome: str(Spread.of(_rates(measure, nbytes)(outcome))))
 
     def ratio(measure: str) -> Column:
         def cell(outcome: Outcome) -> str:
             if reference is None:
                 return "–"
-            rates = _rates(f"{measure}_s", nbytes)
-            return f"{Spread.of(rates(outcome)).median / Spread.of(rates(reference)).median:.2f}"
+            rates = _rates(measure, nbytes)
+            return f"{Spread.of(rates(outcome)).median / Spread.of(rates(reference)).median:.2f} ×"
 
-        return Column(f"× {_REFERENCE}", cell)
-
-    def seconds(outcome: Outcome) -> str:
-        return f"{Spread.of([measures['first_s'] for measures in outcome.rounds]).median:.3f}"
+        return Column("", cell)
 
     def peak(outcome: Outcome) -> str:
         return format_bytes(round(Spread.of([measures["peak_bytes"] for measures in outcome.rounds]).median))
 
     return [
-        rate("first"),
-        ratio("first"),
-        rate("steady"),
-        ratio("steady"),
-        Column("first, s", seconds),
-        Column("peak memory", peak),
+        rate("first, GiB/s", "first_s"),
+        ratio("first_s"),
+        rate("steady, GiB/s", "steady_s"),
+        ratio("steady_s"),
+        Column("peak", peak),
         Column("in file", lambda outcome: format_bytes(outcome.facts["file_backed_bytes"])),
     ]
 

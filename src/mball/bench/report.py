@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from mball.bench.runner import Outcome
 
@@ -60,18 +63,16 @@ class Column:
     cell: Callable[[Outcome], str]
 
 
-def table(report: Report, columns: Sequence[Column]) -> Table:
-    """What was timed, then what was not and why."""
-    shown = Table(title=report.title, title_justify="left")
-    shown.add_column("")
+def table(report: Report, columns: Sequence[Column]) -> RenderableType:
+    """What was timed, then the notes, then what was not timed and why."""
+    shown = Table(title=report.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("", no_wrap=True)
     for column in columns:
-        shown.add_column(column.heading, justify="right")
+        shown.add_column(column.heading, justify="right", no_wrap=True)
     for name, cells in _rows(report, columns):
         shown.add_row(name, *cells)
-    caption = [f"{outcome.name}: not run: {outcome.not_run}" for outcome in report.outcomes if outcome.not_run]
-    shown.caption = "\n".join([*report.notes, *caption])
-    shown.caption_justify = "left"
-    return shown
+    not_run = [f"{outcome.name}: not run: {outcome.not_run}" for outcome in report.outcomes if outcome.not_run]
+    return Group(shown, *(Text(note, style="dim") for note in report.notes), *(Text(line) for line in not_run))
 
 
 def markdown(report: Report, columns: Sequence[Column], plot: str | None) -> str:
@@ -99,11 +100,12 @@ def plot(report: Report, stem: Path, series: Sequence[tuple[str, Callable[[Outco
     for number, (label, values_of) in enumerate(series):
         places = [row + (0.5 - number - 0.5 + (len(series) - 1) / 2) * height for row in range(len(timed))]
         medians = [statistics.median(values_of(outcome)) for outcome in timed]
-        bars = axes.barh(places, medians, height * 0.9, label=label, color=f"C{number}", alpha=0.75)
-        axes.bar_label(bars, fmt="%.2f", padding=14, fontsize=8)
-        for place, outcome in zip(places, timed, strict=True):
+        axes.barh(places, medians, height * 0.9, label=label, color=f"C{number}", alpha=0.75)
+        for place, median, outcome in zip(places, medians, timed, strict=True):
             values = values_of(outcome)
             axes.plot(values, [place] * len(values), "o", color="black", markersize=3, alpha=0.6)
+            end = (max(values), place)
+            axes.annotate(f"{median:.2f}", end, (6, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(timed)), [outcome.name for outcome in timed])
     axes.set_xlabel(f"{unit} (dots: single rounds)")
     axes.margins(x=0.12)
