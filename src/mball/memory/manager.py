@@ -18,7 +18,6 @@ from mball.errors import (
     DeviceError,
     DeviceOutOfMemory,
     Draining,
-    MballError,
     QueueFull,
     TransitionError,
     UnknownModel,
@@ -236,11 +235,11 @@ class Manager:
             await drained
         for model in models:
             model.queue.lose()
-        if self._scheduler is not None:
-            await self._scheduler.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._scheduler is not None:
+            await self._scheduler.close()
         if self._transitions is not None:
             stops = [self._transitions.stop(model, "shutting down") for model in models]
             for error in await asyncio.gather(*stops, return_exceptions=True):
@@ -282,25 +281,8 @@ class Manager:
         task.add_done_callback(self._tasks.discard)
 
     def _worker_exited(self, model: Model, worker: WorkerProcess) -> None:
-        """The process has ended: those inside are told at once; its bytes are given back once proven free."""
-        if model.worker is not worker or model.state.process is Process.STOPPING:
-            return
-        model.queue.lose()
-        model.error = f"its worker (pid {worker.pid}) ended with code {worker.exit_code}"
         if self._scheduler is not None:
-            self._scheduler.count_crash(model)
-        self._spawn(self._after_exit(model, worker), f"after the exit of {model.name}")
-
-    async def _after_exit(self, model: Model, worker: WorkerProcess) -> None:
-        lines = await worker.last_lines()
-        model.error = f"its worker (pid {worker.pid}) ended with code {worker.exit_code}; the end of its log:\n{lines}"
-        async with model.lock:
-            if model.worker is worker and self._transitions is not None:
-                try:
-                    await self._transitions.bury(model)
-                except MballError as error:
-                    _log.error("worker not buried", model=model.name, error=str(error))
-        self._wake()
+            self._scheduler.worker_exited(model, worker)
 
     async def _sample(self, transitions: Transitions) -> None:
         """Measures what workers hold: the busy often, the idle now and then."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 
 import aiohttp
@@ -74,9 +75,10 @@ class Forward(Response):
                 self._manager.admit(self._call.model, deadline_s=self._queue_timeout_s) as ticket,
             ):
                 session = self._workers.session(ticket.socket_path)
-                async with session.post(
-                    f"http://worker{self._path}", data=self._call.body, headers={"content-type": "application/json"}
-                ) as upstream:
+                # A BytesIO is written piece by piece, where bytes would be one write however many they are.
+                data = io.BytesIO(self._call.body)
+                headers = {"content-type": "application/json"}
+                async with session.post(f"http://worker{self._path}", data=data, headers=headers) as upstream:
                     await answer.relay(upstream)
         except TimeoutError:
             await answer.fail(Unavailable(f"{self._call.model}: no whole answer within {self._timeout_s:.0f} s"))
