@@ -13,6 +13,7 @@ import dataclasses
 import json
 import mmap
 import os
+import select
 import signal
 import socket
 import sys
@@ -313,6 +314,10 @@ def main() -> None:
     arguments = parser.parse_args()
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    poll = select.poll()
+    poll.register(arguments.control_fd, select.POLLHUP)
+    if poll.poll(0):
+        sys.exit("the manager ended before the signal of its death was set")
     knobs = Knobs.from_environment()
     if knobs.deaf:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Running:
 
     async def until(self, condition: Callable[[], bool], deadline_s: float = 30.0) -> None:
         async with asyncio.timeout(deadline_s):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - what is waited for has no event
                 await asyncio.sleep(0.005)
 
     async def ask(self, name: str, *, deadline_s: float = 60.0) -> str:
@@ -80,6 +80,9 @@ class Running:
         async with self.manager.admit(name, deadline_s=deadline_s) as ticket:
             self.state(name)
             return await post(ticket)
+
+
+Serve = Callable[..., Awaitable[Running]]
 
 
 async def post(ticket: Ticket) -> str:
@@ -96,7 +99,7 @@ async def post(ticket: Ticket) -> str:
 
 
 @pytest.fixture
-async def serve(runtime_dir: Path, device: SimulatedDevice) -> AsyncIterator[Callable[..., Any]]:
+async def serve(runtime_dir: Path, device: SimulatedDevice) -> AsyncIterator[Serve]:
     """`await serve(model…, settings=…)`: a running manager on the simulated device, closed at the end of the test."""
     async with contextlib.AsyncExitStack() as stack:
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from mball.device import memfd
 from mball.errors import DeviceOutOfMemory, TransitionError
 from mball.memory.ledger import Ledger
 from mball.memory.settings import Settings
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from mball.memory.process import WorkerProcess
 
 _log = structlog.get_logger(__name__)
+_ADVANTAGE = 2.0
+"""By how much an image must be worth more than those that go for it: filling costs too, and figures waver."""
 
 
 @dataclass(eq=False)
@@ -38,7 +39,7 @@ class Images:
     """Images of all models within the DRAM budget.
 
     An image is worth the seconds it saves: arrival rate × what loading from the source takes ÷ its bytes. The least
-    valuable goes first, and only for one that is worth more.
+    valuable goes first, and only for one that is worth twice as much.
     """
 
     def __init__(self, ledger: Ledger, settings: Settings, changed: Callable[[], None]) -> None:
@@ -83,8 +84,7 @@ class Images:
         except TransitionError as error:
             _log.warning("image not let go, worker killed", model=worker.spec.model, error=str(error))
             worker.kill()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(worker.exited.wait(), self._settings.kill_s)
+            await worker.wait(self._settings.kill_s)
 
     async def close(self, models: Iterable[Model]) -> None:
         """Ends the filling and frees all; the workers are gone by now."""
@@ -108,10 +108,10 @@ class Images:
         except DeviceOutOfMemory as error:
             _log.info("no image", model=model.name, reason=str(error))
             return
-        image = model.image = Image(_create(model.name, nbytes), nbytes)
+        image = model.image = Image(memfd.create(model.name, nbytes), nbytes)
         try:
             filled = await worker.call("image", deadline_s=self._settings.image_s, fd=image.fd, state="empty")
-            _seal(image.fd)
+            memfd.seal(image.fd)
         except (TransitionError, OSError) as error:
             _log.warning("image not filled", model=model.name, error=str(error))
             if model.image is image:
@@ -130,7 +130,7 @@ class Images:
         owned = [(_worth(m, m.image.nbytes, now_s), m.name, m) for m in models if m.image is not None and m.image.ready]
         chosen = []
         for other_worth, _, other in sorted(owned, key=lambda entry: entry[:2]):
-            if lacking <= 0 or other_worth >= worth:
+            if lacking <= 0 or other_worth * _ADVANTAGE >= worth:
                 break
             chosen.append(other)
             lacking -= self.ledger.held(other.name)
@@ -140,13 +140,3 @@ class Images:
 def _worth(model: Model, nbytes: int, now_s: float) -> float:
     seconds = model.figures.promote_s[Weights.SOURCE].value
     return model.queue.rate.at(now_s) * (seconds if seconds is not None else model.promote_s) / max(1, nbytes)
-
-
-def _create(name: str, nbytes: int) -> int:
-    fd = os.memfd_create(f"mball-{name}"[:200], os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, nbytes)
-    return fd
-
-
-def _seal(fd: int) -> None:
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)

@@ -19,6 +19,7 @@ from mball.errors import (
     DeviceOutOfMemory,
     Draining,
     QueueFull,
+    QueueTimeout,
     TransitionError,
     UnknownModel,
 )
@@ -107,7 +108,7 @@ class Manager:
         Raises UnknownModel, ModelDoesNotFit, ModelFailed, QueueFull, QueueTimeout, Draining.
         """
         model = self._ready_to_wait(name)
-        ticket = await model.queue.enter(self._settings.queue_timeout_s if deadline_s is None else deadline_s)
+        ticket = await self._enter(model, deadline_s)
         if ticket is None:
             raise TransitionError(f"{name}: no ticket")
         try:
@@ -119,9 +120,7 @@ class Manager:
 
     async def load(self, name: str, *, deadline_s: float | None = None) -> None:
         """Brings a model to the device, as a request would. Raises as `admit`."""
-        model = self._ready_to_wait(name)
-        wait_s = self._settings.queue_timeout_s if deadline_s is None else deadline_s
-        await model.queue.enter(wait_s, visitor=True)
+        await self._enter(self._ready_to_wait(name), deadline_s, visitor=True)
 
     async def unload(self, name: str) -> None:
         """Takes a model off the device once those inside are done; the next request brings it back.
@@ -270,6 +269,13 @@ class Manager:
             wait_s = self.retry_after_s(name)
             raise QueueFull(f"{self._settings.max_queue} requests wait for their models already", retry_after_s=wait_s)
         return model
+
+    async def _enter(self, model: Model, deadline_s: float | None, *, visitor: bool = False) -> Ticket | None:
+        wait_s = self._settings.queue_timeout_s if deadline_s is None else deadline_s
+        try:
+            return await model.queue.enter(wait_s, visitor=visitor)
+        except QueueTimeout as timeout:
+            raise QueueTimeout(str(timeout), retry_after_s=self.retry_after_s(model.name)) from None
 
     def _wake(self) -> None:
         if self._scheduler is not None:

@@ -40,7 +40,8 @@ class Counters:
 
 
 class Model:
-    """State, queue and figures of one model. `lock` is held by whoever moves it; only the holder changes `state`.
+    """State, queue and figures of one model. `lock` is held by whoever moves it. Only the holder changes
+    `state`, but for an image that becomes ready.
 
     `context_bytes`: device bytes of its idle worker. `high_water_bytes`: the most it was measured to hold.
     `failure` makes the error that its requests get while it has failed. `wanted` without a request: a preload.

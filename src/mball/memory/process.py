@@ -20,6 +20,7 @@ from mball.memory.settings import Settings
 from mball.memory.spec import WorkerSpec
 
 _INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+_EXIT_S = 1.0
 _TAIL_LINES = 20
 _TAIL_BYTES = 8192
 
@@ -75,6 +76,7 @@ class WorkerProcess:
         self.pid = popen.pid
         self.exited = asyncio.Event()
         self.loaded_bytes = 0
+        self.crash_counted = False
         self._popen = popen
         self._log = log
         self._on_exit: Callable[[], None] | None = None
@@ -94,7 +96,12 @@ class WorkerProcess:
         settings: Settings,
     ) -> tuple[WorkerProcess, Hello]:
         """Raises WorkerNotStarted, with the last lines of its log; then its process is gone."""
-        out = await asyncio.to_thread(_open_log, log, settings.log_bytes)
+        opening = asyncio.create_task(asyncio.to_thread(_open_log, log, settings.log_bytes))
+        try:
+            out = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(lambda opened: os.close(opened.result()))
+            raise
         ours, theirs = control.pair()
         try:
             # Spawned by this very thread: the worker's parent-death signal comes when the spawning thread ends.
@@ -134,6 +141,8 @@ class WorkerProcess:
         except TimeoutError:
             raise TransitionError(f"{self.spec.model}: no answer to {verb} within {deadline_s:.1f} s") from None
         except control.ChannelClosed:
+            # Its exit is about to be seen: whoever watches for it learns of it before the caller does.
+            await self.wait(_EXIT_S)
             raise WorkerDied(f"{self.spec.model}: the worker (pid {self.pid}) ended during {verb}") from None
 
     async def stop(self, settings: Settings, *, politely: bool = True) -> None:
@@ -150,20 +159,27 @@ class WorkerProcess:
             else:
                 with contextlib.suppress(MballError):
                     await self.call("stop", deadline_s=deadline_s)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.exited.wait(), max(0.0, deadline_s - (time.monotonic() - since)))
+            await self.wait(deadline_s - (time.monotonic() - since))
         if not self.exited.is_set():
             raise TransitionError(f"{self.spec.model}: worker {self.pid} could not be killed")
         await self._caller.close()
+
+    async def wait(self, deadline_s: float) -> bool:
+        """Whether it has ended by the deadline."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, deadline_s)):
+                await self.exited.wait()
+        return self.exited.is_set()
 
     def kill(self) -> None:
         """At once, without waiting."""
         if not self.exited.is_set():
             self._signal(signal.SIGKILL)
 
-    async def last_lines(self) -> str:
-        """The end of its log, for an error's text."""
-        return await asyncio.to_thread(_tail, self._log)
+    async def epitaph(self) -> str:
+        """How it ended, with the end of its log, for an error's text."""
+        lines = await asyncio.to_thread(_tail, self._log)
+        return f"its worker (pid {self.pid}) ended with code {self.exit_code}; the end of {self._log}:\n{lines}"
 
     @property
     def exit_code(self) -> int | None:
@@ -179,9 +195,9 @@ class WorkerProcess:
         if self._hello.done():
             return self._hello.result()
         self._hello.cancel()
-        why = f"ended with code {self.exit_code}" if self.exited.is_set() else f"gave no hello in {deadline_s:.0f} s"
-        lines = await self.last_lines()
-        raise WorkerNotStarted(f"{self.spec.model}: its worker {why}; the end of {self._log}:\n{lines}")
+        if not self.exited.is_set():
+            raise WorkerNotStarted(f"{self.spec.model}: its worker gave no hello in {deadline_s:.0f} s")
+        raise WorkerNotStarted(f"{self.spec.model}: {await self.epitaph()}")
 
     def _event(self, message: Mapping[str, Any]) -> None:
         match message.get("event"):

@@ -25,6 +25,7 @@ from mball.memory.lease import Lease
 from mball.memory.ledger import Ledger
 from mball.memory.model import Model
 from mball.memory.planner import Demand, Move, Snapshot, next_change_s, plan
+from mball.memory.process import WorkerProcess
 from mball.memory.settings import Settings
 from mball.memory.states import Process
 from mball.memory.transition import Transitions, does_not_fit
@@ -68,10 +69,11 @@ class Scheduler:
             self._wake.clear()
             wait_s = self._step(time.monotonic())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), min(wait_s, _HEARTBEAT_S))
+                async with asyncio.timeout(min(wait_s, _HEARTBEAT_S)):
+                    await self._wake.wait()
 
     async def close(self) -> None:
-        """Cancels the moves under way; what they leave is the caller's to stop."""
+        """Cancels the moves under way (`run` is cancelled already); what they leave is the caller's to stop."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -215,17 +217,17 @@ class Scheduler:
             if error.final:
                 self._fail(model, str(error))
             else:
-                self.count_crash(model)
+                self._count_crash(model, None)
         except MballError as error:
             model.error = str(error)
-            self.count_crash(model)
+            self._count_crash(model, None)
         finally:
             self._starting -= 1
             model.moving = False
 
     async def _bring(self, model: Model, nbytes: int, verb: str, moves: list[Move]) -> None:
         """One transition: victims out, proof, then the model in, canary, open."""
-        began = time.monotonic()
+        began, worker = time.monotonic(), model.worker
         async with self._lease.hold() as epoch:
             try:
                 for move in moves:
@@ -240,8 +242,11 @@ class Scheduler:
                     return
                 await self._transitions.promote(model, epoch)
             except (DeviceOutOfMemory, WorkerDied) as error:
-                # The room went elsewhere, or the worker died (and was counted): the next step plans anew.
+                # The room went elsewhere, or the worker died: the next step plans anew.
                 _log.warning("not promoted", model=model.name, error=str(error))
+                if worker is not None and isinstance(error, WorkerDied):
+                    self._count_crash(model, worker)
+                    model.error = await worker.epitaph()
                 return
             except MballError as error:
                 self._fail(model, f"{model.name}: could not be loaded: {error}")
@@ -252,8 +257,26 @@ class Scheduler:
             model.queue.open(model.worker.spec.socket_path)
             self._images.keep(model, self._models.values(), time.monotonic())
 
-    def count_crash(self, model: Model) -> None:
+    def worker_exited(self, model: Model, worker: WorkerProcess) -> None:
+        """The process has ended: those inside are told at once; its bytes are given back once proven free."""
+        if model.worker is not worker or model.state.process is Process.STOPPING:
+            return
+        model.queue.lose()
+        self._count_crash(model, worker)
+        self._spawn(self._after_exit(model, worker), f"after the exit of {model.name}")
+
+    async def _after_exit(self, model: Model, worker: WorkerProcess) -> None:
+        model.error = await worker.epitaph()
+        async with model.lock:
+            if model.worker is worker:
+                await self._transitions.bury(model)
+
+    def _count_crash(self, model: Model, worker: WorkerProcess | None) -> None:
         """The next start waits, longer each time."""
+        if worker is not None:
+            if worker.crash_counted:
+                return
+            worker.crash_counted = True
         model.counters.crashes += 1
         model.crashes_in_row += 1
         backoff_s = self._settings.backoff_s * 2 ** (model.crashes_in_row - 1)

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mball.device.simulated import SimulatedDevice
+from mball.units import MiB
+from tests.fake_worker import Knobs
+from tests.memory.conftest import Running, Serve, model
+
+ROOM = 500 * MiB
+
+
+async def ready(running: Running, name: str) -> None:
+    await running.until(lambda: bool(running.state(name)["image_ready"]))
+
+
+async def status(running: Running, name: str) -> dict[str, object]:
+    worker = running.manager._models[name].worker
+    assert worker is not None
+    return await worker.call("status", deadline_s=5.0)
+
+
+async def test_an_image_is_filled_after_the_first_promotion_and_serves_the_next(serve: Serve) -> None:
+    running = await serve(model("a"), model("b"), dram_bytes=ROOM)
+    await running.ask("a")
+    await ready(running, "a")
+    assert running.manager.snapshot()["dram"] == {"total_bytes": ROOM, "image_bytes": 64 * MiB}
+    await running.ask("b")
+    assert running.state("a")["shown_as"] == "dram"
+    assert (await status(running, "a"))["from_image"]
+    await running.ask("a")
+    assert running.state("a")["shown_as"] == "device"
+
+
+async def test_a_model_that_was_demoted_while_its_image_was_filled_rises_to_dram(serve: Serve) -> None:
+    running = await serve(model("a", Knobs(image_s=1.0)), model("b"), dram_bytes=ROOM)
+    await running.ask("a")
+    await running.ask("b")
+    assert running.state("a")["shown_as"] == "source"
+    await ready(running, "a")
+    assert running.state("a")["shown_as"] == "dram"
+
+
+async def test_an_image_outlives_its_worker_and_goes_to_the_next(serve: Serve) -> None:
+    running = await serve(model("a"), dram_bytes=ROOM)
+    await running.ask("a")
+    await ready(running, "a")
+    first = running.state("a")["pid"]
+    os.kill(first, signal.SIGKILL)
+    await running.until(lambda: running.state("a")["process"] == "gone")
+    assert running.state("a")["shown_as"] == "dram"
+    await running.ask("a")
+    assert running.state("a")["pid"] != first
+    assert (await status(running, "a"))["from_image"]
+
+
+async def test_without_room_there_is_no_image(serve: Serve) -> None:
+    running = await serve(model("a"), model("b"), dram_bytes=60 * MiB)
+    await running.ask("a")
+    await running.ask("b")
+    assert running.state("a")["shown_as"] == "source"
+    assert running.manager.snapshot()["dram"]["image_bytes"] == 0
+
+
+async def test_the_least_valuable_image_goes_for_one_that_is_worth_more(serve: Serve) -> None:
+    slow = Knobs(promote_s=0.3)
+    running = await serve(model("rare", slow), model("often", slow), dram_bytes=100 * MiB)
+    await running.ask("rare")
+    await ready(running, "rare")
+    await running.ask("often")
+    assert running.state("rare")["shown_as"] == "dram"
+    for _ in range(8):
+        await running.ask("often")
+    await running.ask("rare")
+    assert (await status(running, "rare"))["from_image"]
+    await running.ask("often")
+    await ready(running, "often")
+    assert running.state("rare")["image_bytes"] == 0
+    assert running.state("rare")["shown_as"] == "source"
+    assert running.manager.snapshot()["dram"]["image_bytes"] == 64 * MiB
+    assert not (await status(running, "rare"))["from_image"]
+    for name in ("rare", "often"):
+        assert await running.ask(name) == f"{name} 1 2 3 "
+
+
+@pytest.mark.parametrize("fault", ["crash_at", "fail_at"])
+async def test_a_filling_that_fails_leaves_nothing_and_stops_nobody(
+    serve: Serve, tmp_path: Path, device: SimulatedDevice, fault: str
+) -> None:
+    knobs = Knobs(times=1, counter=str(tmp_path / "n"), **{fault: "image"})  # type: ignore[arg-type]
+    running = await serve(model("a", knobs), model("b"), dram_bytes=ROOM)
+    await running.manager.load("a")
+    await running.until(lambda: running.manager.snapshot()["dram"]["image_bytes"] == 64 * MiB)
+    await running.until(lambda: running.manager.snapshot()["dram"]["image_bytes"] == 0)
+    assert await running.ask("b") == "b 1 2 3 "
+    assert await running.ask("a") == "a 1 2 3 "
+    await ready(running, "a")
+    assert device.refusals == 0
+
+
+async def test_a_worker_that_does_not_let_go_of_an_image_is_killed(serve: Serve) -> None:
+    slow = Knobs(promote_s=0.3, hang_at="drop_image")
+    running = await serve(model("rare", slow), model("often", slow), dram_bytes=100 * MiB)
+    await running.ask("rare")
+    await ready(running, "rare")
+    pid = running.state("rare")["pid"]
+    for _ in range(8):
+        await running.ask("often")
+    await running.manager.unload("often")
+    await running.ask("often")
+    await ready(running, "often")
+    await running.until(lambda: running.state("rare")["pid"] != pid)
+    assert await running.ask("rare") == "rare 1 2 3 "
+
+
+async def test_closing_frees_the_images(serve: Serve) -> None:
+    running = await serve(model("a"), model("b", Knobs(image_s=30.0)), dram_bytes=ROOM)
+    await running.ask("a")
+    await ready(running, "a")
+    await running.ask("b")
+    await asyncio.sleep(0.1)
+    await running.manager.close(1.0)
+    links = await asyncio.to_thread(
+        lambda: [str(p.readlink()) for p in Path("/proc/self/fd").iterdir() if p.is_symlink()]
+    )
+    assert not [link for link in links if "memfd:" in link]
+    assert running.manager.snapshot()["dram"]["image_bytes"] == 0
