@@ -110,6 +110,30 @@ def test_a_failed_step_ends_its_sequences_and_the_engine_goes_on(
     assert engine.status().error is None
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_ended_says_so_and_leaves_nobody_waiting(
+    model_dir: ModelDir, engine_for: EngineFor
+) -> None:
+    class Unforeseen(BaseException):
+        pass
+
+    engine = engine_for(model_dir("llama"), max_num_seqs=1)
+    running = Run(engine, "running", MIXED[0], max_tokens=200)
+    waiting = Run(engine, "waiting", MIXED[1], max_tokens=200)
+    assert running.first.wait(60)
+
+    def hook(module: torch.nn.Module, args: object) -> None:
+        raise Unforeseen
+
+    engine._weights.module.register_forward_pre_hook(hook)
+    assert [run.wait().reason for run in (running, waiting)] == ["error", "error"]
+    assert "thread ended" in (engine.status().error or "")
+    assert Run(engine, "late", MIXED[1]).wait().reason == "error"
+    engine.demote()
+    with pytest.raises(TransitionError, match="restart its worker"):
+        engine.promote(None)
+
+
 def test_a_listener_that_is_gone_ends_its_sequence_alone(model_dir: ModelDir, engine_for: EngineFor) -> None:
     engine = engine_for(model_dir("llama"))
 

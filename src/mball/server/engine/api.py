@@ -105,7 +105,7 @@ class EngineStatus:
 
 
 class Residency(Protocol):
-    """The memory verbs that every engine has. All block; none is called while another runs."""
+    """The memory verbs that every engine has. All block; none but `fill_image` is called while another runs."""
 
     def promote(self, image_fd: int | None, progress: Callable[[int, int], None] | None = None) -> Promoted:
         """Weights from the image where `image_fd` is given, else from the source shards; a fresh KV pool.

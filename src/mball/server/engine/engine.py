@@ -83,6 +83,7 @@ class GenerateEngine:
         self._resident = False
         self._parked = False
         self._closing = False
+        self._ended = False
         self._error: str | None = None
         self._thread = threading.Thread(target=self._run, name=f"engine-{spec.model}", daemon=True)
         self._thread.start()
@@ -134,7 +135,7 @@ class GenerateEngine:
 
     def promote(self, image_fd: int | None, progress: Progress | None = None) -> Promoted:
         began = time.perf_counter()
-        if self._resident or not self._thread.is_alive():
+        if self._resident or self._ended:
             state = "on the device already" if self._resident else f"broken ({self._error}): restart its worker"
             raise TransitionError(f"{self._spec.model} is {state}")
         load_s = self._weights.load(image_fd, progress)
@@ -186,11 +187,14 @@ class GenerateEngine:
                     self._step()
         finally:
             with self._changed:
+                self._resident = False
+                left, self._arrived = [*self._scheduler.sequences(), *self._arrived], []
                 if not self._closing:
                     self._error = "the engine's thread ended"
-                self._resident = False
-                self._parked = True
+                self._ended = self._parked = True
                 self._changed.notify_all()
+            for sequence in left:
+                sequence.owner.deliver(Output(None, finish_reason="error", error=self._error))
 
     def _next(self) -> bool:
         """Wait for work; apply arrivals and aborts. True: step. False: closing."""
