@@ -142,7 +142,7 @@ async def test_a_worker_that_dies_in_a_stream_ends_it_with_an_error_event(gatewa
         os.kill(running.state("a")["pid"], signal.SIGKILL)
         events = (await response.content.read()).split(b"\n\n")
     assert events[-1] == b""
-    assert "its worker ended" in json.loads(events[-2].removeprefix(b"data: "))["error"]["message"]
+    assert "its worker ended" in json.loads(events[-2].strip().removeprefix(b"data: "))["error"]["message"]
 
 
 async def test_a_worker_that_dies_in_a_whole_answer_leaves_no_half_of_it(gateway: Start) -> None:
@@ -157,11 +157,11 @@ async def test_a_worker_that_dies_in_a_whole_answer_leaves_no_half_of_it(gateway
 @pytest.mark.parametrize("stream", [True, False])
 async def test_who_leaves_while_waiting_or_served_is_forgotten(gateway: Start, stream: bool) -> None:
     running = await gateway(model("a", Knobs(tokens=1000, token_s=0.05)), model("b"))
-    asking = {
-        name: asyncio.create_task(running.http.post(running.url + CHAT, data=body(name, stream=stream)))
-        for name in ("a", "b")
-    }
-    await running.until(lambda: running.state("a")["in_flight"] == 1 and running.state("b")["queued"] == 1)
+    asking = {}
+    for name, waits_in in (("a", "in_flight"), ("b", "queued")):
+        request = running.http.post(running.url + CHAT, data=body(name, stream=stream))
+        asking[name] = asyncio.create_task(request)
+        await running.until(lambda name=name, waits_in=waits_in: running.state(name)[waits_in] == 1)
     for name in ("b", "a"):
         if asking[name].done():
             (await asking[name]).close()

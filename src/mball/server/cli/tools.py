@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 
 from mball.bench.cli import app as bench_app
-from mball.server.batch import batch
-from mball.server.doctor import doctor
+from mball.server.batch.cli import batch
+from mball.server.doctor.cli import doctor
 from mball.server.models.cli import app as models_app
 
 
