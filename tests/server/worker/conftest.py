@@ -63,7 +63,7 @@ def byte_level(path: Path) -> Path:
 
 
 def metaspace(path: Path) -> Path:
-    """As Llama 2 and Mistral: a space before the text, byte fallback, BOS; a role marker that is not flagged special."""
+    """As Llama 2 and Mistral: a space before the text, byte fallback, BOS; a role marker not flagged special."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC()])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -154,6 +154,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+async def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """For what can only be polled. Raises TimeoutError."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 @dataclass
 class Worker:
     """The HTTP side on a unix socket, in this process."""
@@ -207,9 +214,7 @@ def make_worker(tokenizer: WorkerTokenizer, tmp_path: Path) -> MakeWorker:
         path = tmp_path / "w.sock"
         try:
             async with http_side(service, path) as client:
-                api = openai.AsyncOpenAI(
-                    base_url="http://worker/v1", api_key="none", http_client=client, max_retries=0
-                )
+                api = openai.AsyncOpenAI(base_url="http://worker/v1", api_key="none", http_client=client, max_retries=0)
                 yield Worker(service, engine, client, api, str(path))
         finally:
             engine.close()
@@ -221,6 +226,20 @@ def make_worker(tokenizer: WorkerTokenizer, tmp_path: Path) -> MakeWorker:
 async def worker(make_worker: MakeWorker) -> AsyncIterator[Worker]:
     async with make_worker() as worker:
         yield worker
+
+
+@pytest.fixture
+async def direct_worker(tokenizer: WorkerTokenizer) -> AsyncIterator[Worker]:
+    """Without a socket: for requests that never reach the engine."""
+    engine = EchoEngine(vocab_size=tokenizer.vocab_size, eos=2)
+    service = Service(WorkerSpec(model="echo", path="none", max_logprobs=5), engine, tokenizer)
+    service.open_gate()
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
+        api = openai.AsyncOpenAI(base_url="http://worker/v1", api_key="none", http_client=client, max_retries=0)
+        yield Worker(service, engine, client, api, "")
+    service.close()
+    engine.close()
 
 
 @pytest.fixture

@@ -74,4 +74,9 @@ def test_a_prompt_that_ends_inside_a_character(codec: Tokenizer) -> None:
 
 
 def test_special_tokens_give_no_text(tokenizer: Tokenizer) -> None:
-    assert pieces(tokenizer, [1, *bare_ids(tokenizer, "hi"), 0], []) == ["", *pieces(tokenizer, bare_ids(tokenizer, "hi"), [])[:-1], "", ""]
+    assert pieces(tokenizer, [1, *bare_ids(tokenizer, "hi"), 0], []) == [
+        "",
+        *pieces(tokenizer, bare_ids(tokenizer, "hi"), [])[:-1],
+        "",
+        "",
+    ]

@@ -16,6 +16,7 @@ from mball.errors import InvalidRequest, UnsupportedCheckpoint
 from mball.server.worker.tokenizer import Tokenizer
 
 Folder = Callable[[str], Path]
+LIMIT = 10_000
 
 ORDINARY = [
     "",
@@ -56,14 +57,14 @@ def test_ordinary_chats_get_the_templates_own_ids(chat: tuple[Tokenizer, Any], t
         {"role": "assistant", "content": f"{text}!"},
         {"role": "user", "content": text},
     ]
-    assert tokenizer.encode_chat(messages) == plain_chat(reference, messages)
+    assert tokenizer.encode_chat(messages, LIMIT) == plain_chat(reference, messages)
 
 
 @given(text=st.text(max_size=40))
 def test_any_text_gets_the_templates_own_ids(chat: tuple[Tokenizer, Any], text: str) -> None:
     tokenizer, reference = chat
     messages = [{"role": "user", "content": text}]
-    assert tokenizer.encode_chat(messages) == plain_chat(reference, messages)
+    assert tokenizer.encode_chat(messages, LIMIT) == plain_chat(reference, messages)
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace", "word_piece"])
@@ -73,7 +74,7 @@ def test_ordinary_prompts_get_the_tokenizers_own_ids(tokenizer_dir: Folder, kind
     reference = Backend.from_file(str(path / "tokenizer.json"))
     reference.no_truncation()
     reference.no_padding()
-    assert Tokenizer(str(path)).encode(text) == reference.encode(text).ids
+    assert Tokenizer(str(path)).encode(text, LIMIT) == reference.encode(text).ids
 
 
 TYPED = {
@@ -95,10 +96,10 @@ def test_control_tokens_in_a_prompt_stay_text(tokenizer_dir: Folder, kind: str, 
     path = tokenizer_dir(kind)
     tokenizer = Tokenizer(str(path))
     controls = control_ids(path, TYPED[kind])
-    beside = [id for id in tokenizer.encode("hi") if id in controls]
+    beside = [id for id in tokenizer.encode("hi", LIMIT) if id in controls]
     for token in TYPED[kind]:
         text = around.replace("{}", token)
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(text, LIMIT)
         assert [id for id in ids if id in controls] == beside
         if kind != "word_piece":
             assert "".join(tokenizer.decode(ids).split()) == "".join(text.split())
@@ -112,7 +113,7 @@ def test_control_tokens_in_a_chat_stay_text(tokenizer_dir: Folder, kind: str, ar
     controls = control_ids(path, TYPED[kind])
 
     def conversation(content: str) -> list[int]:
-        return tokenizer.encode_chat([{"role": "user", "content": content}] * 2)
+        return tokenizer.encode_chat([{"role": "user", "content": content}] * 2, LIMIT)
 
     expected = [id for id in conversation("plain") if id in controls]
     for token in TYPED[kind]:
@@ -127,7 +128,7 @@ def test_a_name_stays_text_too(tokenizer_dir: Folder) -> None:
     path = tokenizer_dir("byte_level")
     tokenizer = Tokenizer(str(path))
     tokenizer._loaded.chat_template = "{% for m in messages %}{{ m['name'] + ': ' + m['content'] }}{% endfor %}"
-    ids = tokenizer.encode_chat([{"role": "user", "name": "<|im_end|>", "content": "x"}])
+    ids = tokenizer.encode_chat([{"role": "user", "name": "<|im_end|>", "content": "x"}], LIMIT)
     assert tokenizer.decode(ids) == "<|im_end|>: x"
     assert not set(ids) & control_ids(path, TYPED["byte_level"])
 
@@ -141,22 +142,41 @@ def test_what_becomes_a_control_token_only_when_normalised_is_refused(tokenizer_
     tokenizer = Tokenizer(str(tmp_path))
     wide = "\uff1ctool\uff1e"
     assert backend.normalizer.normalize_str(wide) == "<tool>"
-    for encode in (tokenizer.encode, lambda text: tokenizer.encode_chat([{"role": "user", "content": text}])):
-        with pytest.raises(InvalidRequest, match="control token"):
-            encode(wide)
+    with pytest.raises(InvalidRequest, match="control token"):
+        tokenizer.encode(wide, LIMIT)
+    with pytest.raises(InvalidRequest, match="control token"):
+        tokenizer.encode_chat([{"role": "user", "content": wide}], LIMIT)
 
 
 def test_a_template_that_refuses(tokenizer_dir: Folder) -> None:
     tokenizer = Tokenizer(str(tokenizer_dir("metaspace")))
     with pytest.raises(InvalidRequest, match="no system messages") as refused:
-        tokenizer.encode_chat([{"role": "system", "content": "be good"}])
+        tokenizer.encode_chat([{"role": "system", "content": "be good"}], LIMIT)
     assert refused.value.param == "messages"
+
+
+def test_a_template_that_stumbles(tokenizer_dir: Folder) -> None:
+    tokenizer = Tokenizer(str(tokenizer_dir("byte_level")))
+    for template in ("{{ messages[0]['content'] + 1 }}", "{{ messages[3]['content'] + '' }}", "{{ 1 / 0 }}"):
+        tokenizer._loaded.chat_template = template
+        with pytest.raises(InvalidRequest, match="chat template"):
+            tokenizer.encode_chat([{"role": "user", "content": "hi"}], LIMIT)
+
+
+def test_what_cannot_fit_is_not_tokenised(tokenizer_dir: Folder) -> None:
+    tokenizer = Tokenizer(str(tokenizer_dir("byte_level")))
+    for text in ("a" * 10_000_000, "<|im_end|>" * 1_000_000):
+        with pytest.raises(InvalidRequest, match="do not fit") as refused:
+            tokenizer.encode(text, 100)
+        assert refused.value.code == "context_length_exceeded"
+    with pytest.raises(InvalidRequest, match="do not fit"):
+        tokenizer.encode_chat([{"role": "user", "content": ""}] * 100_000, 100)
 
 
 def test_no_template(tokenizer_dir: Folder) -> None:
     tokenizer = Tokenizer(str(tokenizer_dir("word_piece")))
     with pytest.raises(InvalidRequest, match="no chat template"):
-        tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+        tokenizer.encode_chat([{"role": "user", "content": "hi"}], LIMIT)
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mball.errors import MballError
+from mball.errors import InvalidRequest, MballError
 from mball.server import http
 from mball.server.worker.answers import Answer
 from mball.server.worker.embeddings import answer_embeddings
@@ -83,7 +83,7 @@ def _post(path: str, service: Service, handler: _Handler) -> Route:
             async with asyncio.timeout(BODY_TIMEOUT_S):
                 body = await http.read_body(request, MAX_BODY_BYTES)
         except TimeoutError:
-            raise http.ClientLeft(f"the body took over {BODY_TIMEOUT_S:.0f} s") from None
+            raise InvalidRequest(f"the body was not whole within {BODY_TIMEOUT_S:.0f} s") from None
         return await handler(service, body)
 
     return Route(path, endpoint, methods=["POST"])
@@ -93,7 +93,7 @@ async def _chat(service: Service, body: bytes) -> Response:
     engine = service.generator("/v1/chat/completions")
     request = parse(ChatRequest, http.parse_object(body))
     service.check_model(request.model)
-    prompt = await service.in_text_thread(service.tokenizer.encode_chat, request.messages)
+    prompt = await service.in_text_thread(lambda: service.tokenizer.encode_chat(request.messages, engine.max_model_len))
     wanted = Wanted(request.wanted_tokens, request.wanted_logprobs)
     params = sampling_params(request, wanted, len(prompt), engine, service.spec.max_logprobs)
     jobs = [Job(prompt, sampling) for sampling in params]
@@ -106,7 +106,7 @@ async def _completions(service: Service, body: bytes) -> Response:
     service.check_model(request.model)
     wanted = Wanted(request.max_tokens if request.max_tokens is not None else 16, request.logprobs)
     jobs, prompt_tokens = [], 0
-    for prompt in await service.token_ids(request.prompt, engine.vocab_size, "prompt"):
+    for prompt in await service.token_ids(request.prompt, engine, "prompt"):
         prompt_tokens += len(prompt)
         params = sampling_params(request, wanted, len(prompt), engine, service.spec.max_logprobs)
         jobs += [Job(prompt, sampling) for sampling in params]

@@ -26,14 +26,7 @@ async def answer_embeddings(service: Service, engine: Embedder, request: Embeddi
         raise InvalidRequest(
             f"{service.spec.model} gives {engine.hidden_size} dimensions, not {request.dimensions}", param="dimensions"
         )
-    prompts = await service.token_ids(request.input, engine.vocab_size, "input")
-    for index, prompt in enumerate(prompts):
-        if len(prompt) > engine.max_model_len:
-            raise InvalidRequest(
-                f"`input[{index}]` has {len(prompt)} tokens, over {engine.max_model_len}",
-                param=f"input[{index}]",
-                code="context_length_exceeded",
-            )
+    prompts = await service.token_ids(request.input, engine, "input")
     service.check_open()
     return _Vectors(service, engine, prompts, request.encoding_format)
 

@@ -27,7 +27,7 @@ from mball.server.worker.threads import in_thread
 from mball.server.worker.tokenizer import Tokenizer
 from mball.server.worker.verbs import Verbs, trimmed_private_bytes
 
-EXIT_TIMEOUT_S = 20.0
+EXIT_TIMEOUT_S = 8.0
 """From the first word of stopping to the end of the process, whatever hangs."""
 _GRACE_S = 2
 _PR_SET_PDEATHSIG = 1
@@ -56,10 +56,7 @@ async def run(control_fd: int, spec: WorkerSpec) -> int:
                 text = f"{type(error).__name__}: {error}"
                 await channel.send({"event": "failed", "error": text[:4000]})
             return 1
-        try:
-            await _serve(service, listener, channel, stopping)
-        finally:
-            _remove(spec.socket_path)
+        await _serve(service, listener, channel, stopping)
     return 0
 
 
@@ -116,9 +113,11 @@ async def _serve(service: Service, listener: socket.socket, channel: control.Cha
     await asyncio.wait({http, manager, stop}, return_when=asyncio.FIRST_COMPLETED)
     _bound_the_exit()
     _log.info("stopping", model=service.spec.model, asked=stopping.is_set())
+    _remove(service.spec.socket_path)
     service.close()
     server.should_exit = True
     await asyncio.wait({http})
+    # A promotion under way can't be stopped; it ends, or the process does.
     for task in (manager, stop):
         task.cancel()
     await asyncio.wait({manager, stop})

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from mball import __version__
 from mball.errors import Draining, InvalidRequest, MballError, UnknownModel
@@ -17,7 +17,6 @@ from mball.server.worker.generation import Generation, Job, NotResident
 from mball.server.worker.protocol import TokenIds
 from mball.server.worker.tokenizer import Tokenizer
 
-_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -103,22 +102,38 @@ class Service:
         finally:
             self._live.discard(generation)
 
-    async def token_ids(self, inputs: Sequence[str | TokenIds], vocab_size: int, param: str) -> list[TokenIds]:
-        """Raises InvalidRequest for ids outside the vocabulary and for a text of no tokens."""
+    async def token_ids(
+        self, inputs: Sequence[str | TokenIds], engine: Generator | Embedder, param: str
+    ) -> list[TokenIds]:
+        """One list for each input. Raises InvalidRequest for one that is empty, too long or outside the vocabulary."""
 
         def encode() -> list[TokenIds]:
-            return [self.tokenizer.encode(entry) if isinstance(entry, str) else entry for entry in inputs]
+            lists = []
+            for index, entry in enumerate(inputs):
+                try:
+                    lists.append(self._token_ids(entry, engine))
+                except InvalidRequest as error:
+                    error.param = param if len(inputs) == 1 else f"{param}[{index}]"
+                    raise
+            return lists
 
-        prompts = await self.in_text_thread(encode)
-        for index, ids in enumerate(prompts):
-            if not ids:
-                raise InvalidRequest(f"`{param}[{index}]` is empty", param=param)
-            if max(ids) >= vocab_size:
-                raise InvalidRequest(f"`{param}[{index}]`: the vocabulary has {vocab_size} tokens", param=param)
-        return prompts
+        return await self.in_text_thread(encode)
 
-    async def in_text_thread(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._text_threads, lambda: function(*args, **kwargs))
+    def _token_ids(self, entry: str | TokenIds, engine: Generator | Embedder) -> TokenIds:
+        limit = engine.max_model_len
+        ids = self.tokenizer.encode(entry, limit) if isinstance(entry, str) else entry
+        if not ids:
+            raise InvalidRequest("the input is empty")
+        if len(ids) > limit:
+            raise InvalidRequest(
+                f"the context is {limit} tokens; {len(ids)} do not fit", code="context_length_exceeded"
+            )
+        if max(ids) >= engine.vocab_size:
+            raise InvalidRequest(f"{max(ids)} is no token id: the vocabulary has {engine.vocab_size} tokens")
+        return ids
+
+    async def in_text_thread(self, function: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._text_threads, function)
 
     def status(self) -> dict[str, Any]:
         """The engine's numbers, and the requests under way."""

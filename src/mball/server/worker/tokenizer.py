@@ -6,7 +6,6 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 
 import jinja2
 from tokenizers import Tokenizer as Backend
@@ -18,6 +17,8 @@ Ids = list[int]
 Message = dict[str, str]
 
 _NEVER = r"(?!)"
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""A template is a program, and not every one is careful with conversations that it does not expect."""
 
 
 class Tokenizer:
@@ -48,6 +49,7 @@ class Tokenizer:
         self._never_typed = frozenset(id for id, token in control.items() if token != unknown)
         longest_first = sorted(control.values(), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or _NEVER)
+        self._longest = max(map(len, backend.get_vocab()), default=1)
         self._prefix, self._suffix = _surroundings(backend)
         self._anchor = backend.encode("a", add_special_tokens=False).ids
         self._anchor_text = backend.decode(self._anchor, skip_special_tokens=False)
@@ -59,17 +61,22 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size()
 
-    def encode(self, text: str) -> Ids:
-        """A prompt's ids, with what the tokenizer itself puts around a text (BOS, [CLS] … [SEP])."""
+    def encode(self, text: str, limit: int) -> Ids:
+        """A prompt's ids, with what the tokenizer itself puts around a text (BOS, [CLS] … [SEP]).
+
+        Raises InvalidRequest for a text of more than `limit` tokens; one that is far too long is not even tokenised.
+        """
+        self._check_length(text, limit)
         if not self._control.search(text):
             return self._checked(self._backend.encode(text).ids, len(self._prefix) + len(self._suffix))
         marks = _Marks(self._control)
         return [*self._prefix, *self._encode_marked(marks.mark(text), marks), *self._suffix]
 
-    def encode_chat(self, messages: Sequence[Message], template_arguments: dict[str, Any] | None = None) -> Ids:
+    def encode_chat(self, messages: Sequence[Message], limit: int) -> Ids:
         """The ids of a conversation in the model's chat template, open for the assistant's turn.
 
-        Raises InvalidRequest where the model has no template or its template refuses the conversation.
+        Raises InvalidRequest where the model has no template, its template refuses the conversation, or there are
+        more than `limit` tokens for certain.
         """
         if not self.has_chat_template:
             raise InvalidRequest("the model has no chat template; use /v1/completions", param="messages")
@@ -77,14 +84,17 @@ class Tokenizer:
         marks = _Marks(self._control) if typed else None
         conversation = [{k: marks.mark(v) for k, v in m.items()} for m in messages] if marks else list(messages)
         try:
-            text = self._loaded.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True, **(template_arguments or {})
-            )
-        except jinja2.TemplateError as error:
+            text = str(self._loaded.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        except _TEMPLATE_ERRORS as error:
             raise InvalidRequest(f"the model's chat template refuses: {error}", param="messages") from None
-        if marks is None:
-            return self._whole(str(text))
-        return self._encode_marked(str(text), marks)
+        self._check_length(text, limit)
+        return self._whole(text) if marks is None else self._encode_marked(text, marks)
+
+    def _check_length(self, text: str, limit: int) -> None:
+        if len(text) > limit * self._longest:
+            raise InvalidRequest(
+                f"the context is {limit} tokens; {len(text)} characters do not fit", code="context_length_exceeded"
+            )
 
     def _encode_marked(self, text: str, marks: _Marks) -> Ids:
         pieces = marks.split(text)

@@ -28,7 +28,8 @@ _log = structlog.get_logger(__name__)
 
 
 class Verbs:
-    """The residency verbs run one at a time, each in a thread; `status` and `stop` at any time.
+    """The residency verbs run one at a time, each in a thread; `status`, `stop` and the filling of an image, which
+    reads the shards alone, at any time.
 
     A verb that carries an epoch below one seen before comes from a lease that has ended, and is refused.
     """
@@ -38,9 +39,10 @@ class Verbs:
         self._channel = channel
         self._stop = stop
         self._moving = asyncio.Lock()
+        self._filling = asyncio.Lock()
         self._epoch = 0
         self._image_fd: int | None = None
-        self._canary_ids = service.tokenizer.encode(_CANARY_TEXT)
+        self._canary_ids = service.tokenizer.encode(_CANARY_TEXT, service.engine.max_model_len)
 
     def table(self) -> dict[str, Handler]:
         return {
@@ -89,18 +91,19 @@ class Verbs:
         if fd is None:
             raise TransitionError("image: no descriptor came with it")
         try:
-            async with self._moving:
-                began = time.perf_counter()
-                match message.get("state"):
-                    case "ready":
-                        filled = 0
-                    case "empty":
+            began, filled = time.perf_counter(), 0
+            match message.get("state"):
+                case "ready":
+                    pass
+                case "empty":
+                    async with self._filling:
                         filled = await in_thread(lambda: self._service.engine.fill_image(fd))
-                    case state:
-                        raise TransitionError(f"image: its state is 'empty' or 'ready', not {state!r}")
+                case state:
+                    raise TransitionError(f"image: its state is 'empty' or 'ready', not {state!r}")
+            async with self._moving:
                 self.close()
                 self._image_fd = os.dup(fd)
-                return {"bytes": filled, "fill_s": time.perf_counter() - began}
+            return {"bytes": filled, "fill_s": time.perf_counter() - began}
         finally:
             os.close(fd)
 
