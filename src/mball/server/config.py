@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -21,7 +21,7 @@ from mball.errors import ConfigError
 from mball.units import GiB, MiB, parse_bytes
 
 _SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}], "examples": ["1.5GiB", "512MiB"]}
-ConfigSize = Annotated[int, BeforeValidator(parse_bytes), Field(json_schema_extra=_SIZE_SCHEMA)]
+ConfigSize = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema(_SIZE_SCHEMA)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
