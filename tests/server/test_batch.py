@@ -241,7 +241,7 @@ async def test_a_request_that_takes_too_long_is_an_error(
     serve: Serve, source: Path, target: Path, errors: Path
 ) -> None:
     put(source, [request("r")])
-    async with serve(delay_s=30) as server:
+    async with serve(delay_s=2) as server:
         await run_batch(source, target, server.url, errors=errors, timeout_s=0.2)
     (line,) = get(errors)
     assert line["error"]["code"] == "timeout"

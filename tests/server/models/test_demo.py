@@ -28,10 +28,10 @@ def models() -> Path:
 
 def answer(folder: Path, question: str) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     chat = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    tokens = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
@@ -39,7 +39,7 @@ def test_the_chat_models_answer_sensibly_and_differently(models: Path) -> None:
     answers = {name: [answer(models / name, question) for question in QUESTIONS] for name in CHAT_MODELS}
     for name, (france, sky) in answers.items():
         assert "Paris" in france or "France" in france, (name, france)
-        assert "sky" in sky.lower() or "light" in sky.lower(), (name, sky)
+        assert any(word in sky.lower() for word in ("sky", "light", "atmosphere")), (name, sky)
     assert len({tuple(texts) for texts in answers.values()}) == len(CHAT_MODELS)
     assert len({texts[1] for texts in answers.values()}) == len(CHAT_MODELS)
 
