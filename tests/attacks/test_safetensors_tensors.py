@@ -76,7 +76,8 @@ def test_a_span_of_another_size(dtype: str, shape: list[int], span: int) -> None
 
 @pytest.mark.parametrize(("dtype", "count"), [("F4", 1), ("F6_E2M3", 1), ("F6_E3M2", 3)])
 def test_elements_that_end_inside_a_byte(dtype: str, count: int) -> None:
-    refused({"a": entry(dtype, [count], 0, count)}, count, SizeMismatch)
+    span = BITS[dtype] * count // 8
+    refused({"a": entry(dtype, [count], 0, span)}, span, SizeMismatch)
 
 
 @pytest.mark.parametrize("dtype", BITS)

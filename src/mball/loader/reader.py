@@ -111,8 +111,6 @@ def read(
     workers = max(1, min(threads, len(extents)))
     pool = ThreadPoolExecutor(workers, thread_name_prefix="mball-read")
     running = {pool.submit(run) for _ in range(workers)}
-    for future in running:
-        future.add_done_callback(lambda ended: stop.set() if ended.exception() is not None else None)
     try:
         _watch(running, meter, progress)
     finally:
