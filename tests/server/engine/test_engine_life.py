@@ -84,6 +84,10 @@ def test_nan_ends_its_own_sequence_and_poisons_no_other(
             assert poisoned.tokens == []
             assert poisoned.reason == "error"
             assert "finite" in (poisoned.error or "")
+    # The first block still holds NaN while the shorter of two others is padded: nobody takes a new block meanwhile.
+    apart = [[7], [9] * 9]
+    expected = [reference(oracle(path), prompt, 3)[0] for prompt in apart]
+    assert [run.tokens for run in run_all(engine, [[150] * 5, *apart], max_tokens=3)][1:] == expected
 
 
 def test_a_failed_step_ends_its_sequences_and_the_engine_goes_on(

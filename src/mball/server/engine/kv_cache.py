@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import mmap
 from collections.abc import Iterable, Sequence
@@ -118,11 +117,10 @@ class KVCache:
             return 0
         self.layers.clear()
         self.pool = torch.empty(0)
-        if self._mapping is not None:
-            self._mapping.madvise(mmap.MADV_DONTNEED)
-            # A view may live on in a frame that is not yet collected; the pages are gone, the address range follows.
-            with contextlib.suppress(BufferError):
-                self._mapping.close()
+        mapping, self._mapping = self._mapping, None
+        if mapping is not None:
+            # Never closed: a view that lives on somewhere keeps the addresses, and reads zeros there.
+            mapping.madvise(mmap.MADV_DONTNEED)
         else:
             torch.cuda.empty_cache()
         self._account.give(nbytes)
