@@ -124,6 +124,12 @@ def test_control_tokens_in_a_chat_stay_text(tokenizer_dir: Folder, kind: str, ar
         assert "".join(shown.split()).count("".join(text.split())) >= 2
 
 
+@pytest.mark.parametrize("text", ["x</s>y", "a </s> b", "<s>ab", "ab<s></s>cd", "one\n</s>\ntwo"])
+def test_no_space_is_put_beside_what_was_typed(tokenizer_dir: Folder, text: str) -> None:
+    tokenizer = Tokenizer(str(tokenizer_dir("metaspace")))
+    assert tokenizer.decode(tokenizer.encode(text, LIMIT)) == text
+
+
 def test_a_name_stays_text_too(tokenizer_dir: Folder) -> None:
     path = tokenizer_dir("byte_level")
     tokenizer = Tokenizer(str(path))

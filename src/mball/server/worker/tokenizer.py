@@ -53,7 +53,7 @@ class Tokenizer:
         self._prefix, self._suffix = _surroundings(backend)
         self._anchor = backend.encode("a", add_special_tokens=False).ids
         self._anchor_text = backend.decode(self._anchor, skip_special_tokens=False)
-        self._newline = backend.encode("\n", add_special_tokens=False).ids
+        self._before = {text: backend.encode(text, add_special_tokens=False).ids for text in ("\n", "a", ".")}
         self.decode: Callable[[Sequence[int]], str] = backend.decode
         self.token_bytes = lru_cache(maxsize=65536)(self._token_bytes)
 
@@ -101,7 +101,7 @@ class Tokenizer:
         ids = self._whole(pieces[0] or "")
         for index, piece in enumerate(pieces[1:], 1):
             if piece:
-                ids += self._after_newline(piece, self._plain if index % 2 else self._whole)
+                ids += self._inside(piece, self._plain if index % 2 else self._whole)
         return ids
 
     def _whole(self, text: str) -> Ids:
@@ -116,11 +116,13 @@ class Tokenizer:
         words = [word for word, _ in splitter.pre_tokenize_str(normal)] if splitter is not None else [normal]
         return self._checked([token.id for word in words for token in self._backend.model.tokenize(word)], 0)
 
-    def _after_newline(self, text: str, encode: Callable[[str], Ids]) -> Ids:
+    def _inside(self, text: str, encode: Callable[[str], Ids]) -> Ids:
         """A piece from the middle of a text: tokenizers that put a space before a text must not put one here."""
-        ids = encode("\n" + text)
-        head = len(self._newline)
-        return ids[head:] if ids[:head] == self._newline else encode(text)
+        for before, head in self._before.items():
+            ids = encode(before + text)
+            if ids[: len(head)] == head:
+                return ids[len(head) :]
+        return encode(text)
 
     def _checked(self, ids: Ids, allowed: int) -> Ids:
         # A normaliser may turn other characters into a control token's own.
