@@ -65,7 +65,7 @@ async def run_batch(
         timeout = aiohttp.ClientTimeout(total=timeout_s, connect=None, sock_connect=_CONNECT_TIMEOUT_S)
         descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            connector = aiohttp.TCPConnector(limit=concurrency)
+            connector = aiohttp.TCPConnector(limit=0)  # the workers are the bound
             async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
                 batch = _Batch(session, url, descriptor, answers, failures, tally, attempts, progress)
                 await batch.work(iter(index.places), concurrency)

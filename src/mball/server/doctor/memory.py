@@ -11,7 +11,6 @@ from mball.units import GiB, KiB, format_bytes
 
 _ENOUGH_DRAM_BYTES = 8 * GiB
 _ENOUGH_SHM_BYTES = 1 * GiB
-_CGROUP_V1_UNLIMITED = 1 << 62
 _CAP_IPC_LOCK = 14
 _THP = "sys/kernel/mm/transparent_hugepage"
 
@@ -60,7 +59,7 @@ def _limits(root: Path) -> Iterator[int]:
         for level in (folder, *folder.parents):
             if level.is_relative_to(top) and (level / file).is_file():
                 text = (level / file).read_text().strip()
-                if text.isdecimal() and int(text) < _CGROUP_V1_UNLIMITED:
+                if text.isdecimal():
                     yield int(text)
 
 

@@ -110,7 +110,6 @@ class _Values:
         kind = getattr(torch, dtype)
         generator = torch.Generator().manual_seed(seed)
         values = torch.empty(_BLOCK_ELEMENTS, dtype=torch.float32).normal_(0, _STD, generator=generator)
-        self._seed = seed
         self._itemsize = kind.itemsize
         self._block = shards.tensor_bytes(values.to(kind))
         self._ones = shards.tensor_bytes(torch.ones(16384, dtype=kind))
@@ -119,7 +118,7 @@ class _Values:
         if len(spec.shape) == 1:
             yield self._ones[: spec.nbytes]
             return
-        start = xxhash.xxh3_64_intdigest(spec.name.encode(), seed=self._seed) % _BLOCK_ELEMENTS * self._itemsize
+        start = xxhash.xxh3_64_intdigest(spec.name.encode()) % _BLOCK_ELEMENTS * self._itemsize
         left = spec.nbytes
         while left:
             piece = self._block[start : start + left]
