@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -110,5 +111,5 @@ pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * {resource.getpagesize()} + {200 * MiB},) * 2)
 random.make("llama", pathlib.Path({str(tmp_path / "m")!r}), size_bytes={600 * MiB})
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=300, env={"OMP_NUM_THREADS": "1"})
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert Checkpoint.open(tmp_path / "m").nbytes > 580 * MiB

@@ -17,8 +17,8 @@ from mball.server.doctor.report import Finding
 from mball.units import GiB, MiB, format_bytes, format_rate
 
 _PIECE_BYTES = 4 * MiB
-_PROBE_FILE_BYTES = 128 * MiB
-_CACHED_BYTES = 64 * MiB
+_PROBE_FILE_BYTES = 256 * MiB
+_CACHED_BYTES = 512 * MiB  # more than a processor's own caches hold
 _THREADS = 4
 _ENOUGH_RATE = 1 * GiB
 _EXAMPLE_BYTES = 15 * GiB
@@ -42,7 +42,7 @@ def findings(folder: Path, probe_s: float) -> list[Finding]:
     """Reads a large file of `folder`, or one that it makes there for the time."""
     try:
         with _file(folder) as file:
-            return [_disk(folder, read_direct(file, probe_s)), _page_cache(read_cached(file, probe_s / 2))]
+            return [_disk(folder, read_direct(file, probe_s)), _page_cache(read_cached(file, probe_s))]
     except OSError as error:
         return [
             Finding(
@@ -85,11 +85,12 @@ def read_direct(file: Path, limit_s: float) -> Rate:
 
 
 def read_cached(file: Path, limit_s: float) -> Rate:
-    """Out of the page cache, into memory that is there already. Raises OSError."""
-    size = min(file.stat().st_size, _CACHED_BYTES)
+    """Out of the page cache, after `limit_s` at most to fill it. Raises OSError."""
+    deadline = time.monotonic() + limit_s
     with file.open("rb", buffering=0) as opened:
-        while opened.tell() < size and opened.read(_PIECE_BYTES):
+        while opened.tell() < _CACHED_BYTES and time.monotonic() < deadline and opened.read(_PIECE_BYTES):
             pass
+        size = opened.tell()
     return _read(file, 0, _threads(), size, limit_s)
 
 
