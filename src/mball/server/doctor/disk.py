@@ -109,7 +109,7 @@ def _read(file: Path, flags: int, threads: int, size: int, limit_s: float) -> Ra
         def work() -> int:
             done = 0
             with mmap.mmap(-1, _PIECE_BYTES) as buffer:
-                while time.monotonic() < deadline:
+                while not done or time.monotonic() < deadline:  # one piece at least, however late the thread begins
                     done += os.preadv(descriptor, [buffer], next(pieces))
             return done
 
