@@ -107,14 +107,16 @@ def _read(file: Path, flags: int, threads: int, size: int, limit_s: float) -> Ra
         deadline = started + limit_s
 
         def work() -> int:
-            done = 0
             with mmap.mmap(-1, _PIECE_BYTES) as buffer:
-                while not done or time.monotonic() < deadline:  # one piece at least, however late the thread begins
+                done = os.preadv(descriptor, [buffer], next(pieces))  # one at least, however late the thread begins
+                while time.monotonic() < deadline:
                     done += os.preadv(descriptor, [buffer], next(pieces))
             return done
 
         with ThreadPoolExecutor(threads) as pool:
             total = sum(future.result() for future in [pool.submit(work) for _ in range(threads)])
+        if not total:
+            raise OSError(f"{file} became empty")
         return Rate(total, time.monotonic() - started, bool(flags & os.O_DIRECT))
     finally:
         os.close(descriptor)
