@@ -55,6 +55,7 @@ def run_load(
     checkpoint = Checkpoint.open(model_path)
     threads = threads or min(8, len(os.sched_getaffinity(0)))
     names = [name for name in LOADERS if name == "mball" or name in peers]
+    ran_on = machine.describe()
     started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     with console.status("starting") as status:
         outcomes = run(
@@ -69,7 +70,7 @@ def run_load(
         command=command
         or f"mball bench load {shlex.quote(str(model_path))} --rounds {rounds} --peers {','.join(peers)}",
         started=started,
-        machine=machine.describe(),
+        machine=ran_on,
         versions=machine.versions(_PACKAGES),
         subject={
             "tensors": len(checkpoint.tensors),

@@ -16,13 +16,14 @@ _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def describe() -> dict[str, str]:
-    """The machine in words; nothing that names its owner or host."""
+    """The machine in words, and how busy it is; nothing that names its owner or host."""
     return {
         "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores",
         "memory": format_bytes(psutil.virtual_memory().total),
         "kernel": platform.release(),
         "transparent huge pages": _chosen(_HUGE_PAGES),
         "python": platform.python_version(),
+        "load average before": f"{os.getloadavg()[0]:.1f}",
     }
 
 

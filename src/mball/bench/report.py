@@ -65,7 +65,7 @@ class Column:
 
 def table(report: Report, columns: Sequence[Column]) -> RenderableType:
     """What was timed, then the notes, then what was not timed and why."""
-    shown = Table(title=report.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    shown = Table(title=report.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     shown.add_column("", no_wrap=True)
     for column in columns:
         shown.add_column(column.heading, justify="right", no_wrap=True)
