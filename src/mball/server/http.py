@@ -22,6 +22,7 @@ from mball.units import format_bytes
 
 _log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
+_MAX_QUOTED = 2000
 
 
 async def read_body(request: Request, max_body_bytes: int) -> bytes:
@@ -76,12 +77,12 @@ def error_body(error: Exception) -> dict[str, Any]:
         fields = {"message": str(error), "type": "server_error", "param": None, "code": None}
     else:
         fields = {"message": "internal error", "type": "server_error", "param": None, "code": None}
-    return {"error": {name: _encodable(value) for name, value in fields.items()}}
+    return {"error": {name: _quotable(value) for name, value in fields.items()}}
 
 
-def _encodable(text: str | None) -> str | None:
-    """What is quoted from a request may hold half of a surrogate pair, which no answer can."""
-    return text and text.encode(errors="backslashreplace").decode()
+def _quotable(text: str | None) -> str | None:
+    """What is quoted from a request may be long, and hold half of a surrogate pair, which no answer can."""
+    return text and text[:_MAX_QUOTED].encode(errors="backslashreplace").decode()
 
 
 def error_response(error: Exception) -> JSONResponse:

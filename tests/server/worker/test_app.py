@@ -316,7 +316,6 @@ async def test_an_engine_that_fails(make_worker: MakeWorker) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_leaves_frees_its_slots(make_worker: MakeWorker, stream: bool) -> None:
     async with make_worker(lambda _: [7] * 2000, 0.02) as worker:
-        loop = asyncio.get_running_loop()
         async with httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(uds=worker.socket_path), base_url="http://worker"
         ) as client:
@@ -324,10 +323,8 @@ async def test_a_client_that_leaves_frees_its_slots(make_worker: MakeWorker, str
             task = asyncio.create_task(client.post("/v1/completions", json=body, timeout=60))
             await until(lambda: worker.engine.live >= 3)
             task.cancel()
-            left = loop.time()
             await asyncio.gather(task, return_exceptions=True)
         assert await asyncio.to_thread(worker.engine.wait_until_idle, 10)
-        assert loop.time() - left < 1
         await until(lambda: not worker.service.in_flight)
         assert (await worker.http.get("/health")).status_code == 200
 

@@ -157,6 +157,16 @@ async def test_a_deep_value_is_refused_not_followed(worker: Worker) -> None:
     await worker.refused(TEXT, prompt=deep)
     await worker.refused(TEXT, prompt="a", logit_bias=deep)
     await worker.refused(CHAT, messages=[{"role": "user", "content": deep}])
+    await worker.refused(CHAT, messages=[{"role": deep, "content": "x"}])
+    await worker.refused(CHAT, messages=[{"role": "user", "content": [{"type": deep}]}])
+    await worker.refused(CHAT, messages=HELLO, response_format=deep)
+
+
+async def test_what_is_quoted_is_short(worker: Worker) -> None:
+    name = "n" * 1_000_000
+    error = await worker.refused(TEXT, prompt="a", **{name: 1})
+    assert len(json.dumps(error)) < 10_000
+    await worker.refused(CHAT, messages=[{"role": "user", "content": "x", name: 1}])
 
 
 async def test_many_keys_cost_no_more_than_reading_them(worker: Worker) -> None:

@@ -58,6 +58,7 @@ def _content(value: Any, role: str, where: str) -> str:
 def _part(value: Any, where: str) -> str:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind != "text":
+        kind = kind[:40] if isinstance(kind, str) else None
         raise InvalidRequest(
             f"`{where}`: content of type {kind!r} is not supported: text alone, and no address is fetched", param=where
         )

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 
 import structlog
@@ -49,6 +49,8 @@ async def run(control_fd: int, spec: WorkerSpec) -> int:
     with _stopped_by_signals(stopping), contextlib.closing(channel):
         try:
             service = _open(spec)
+            verbs = Verbs(service, channel, stopping.set)
+            hello = _hello(service)
             listener = _listen(spec.socket_path)
         except (MballError, OSError, ValueError, RuntimeError, ImportError) as error:
             _log.error("cannot start", model=spec.model, error=repr(error))
@@ -56,7 +58,11 @@ async def run(control_fd: int, spec: WorkerSpec) -> int:
                 text = f"{type(error).__name__}: {error}"
                 await channel.send({"event": "failed", "error": text[:4000]})
             return 1
-        await _serve(service, listener, channel, stopping)
+        manager = _answer_manager(channel, hello, verbs)
+        try:
+            await _serve(service, listener, manager, stopping)
+        finally:
+            verbs.close()
     return 0
 
 
@@ -65,6 +71,27 @@ def _open(spec: WorkerSpec) -> Service:
     account = open_account(spec.device)
     tokenizer = Tokenizer(spec.path, trust_remote_code=spec.trust_remote_code)
     return Service(spec, open_engine(spec, account), tokenizer)
+
+
+def _hello(service: Service) -> control.Message:
+    """Told once everything that stays is there: tokenizer, module, threads."""
+    needs = footprint(service.spec)
+    return {
+        "event": "hello",
+        "pid": os.getpid(),
+        "baseline_bytes": trimmed_private_bytes(),
+        "weights_bytes": needs.weights_bytes,
+        "kv_bytes": needs.kv_bytes,
+        "working_bytes": needs.activation_bytes,
+        "image_bytes": service.engine.image_bytes,
+    }
+
+
+async def _answer_manager(channel: control.Channel, hello: control.Message, verbs: Verbs) -> None:
+    """Returns when the manager's end closes."""
+    with contextlib.suppress(control.ChannelClosed):
+        await channel.send(hello)
+    await control.serve(channel, verbs.table())
 
 
 def _listen(path: str) -> socket.socket:
@@ -95,7 +122,9 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(service: Service, listener: socket.socket, channel: control.Channel, stopping: asyncio.Event) -> None:
+async def _serve(
+    service: Service, listener: socket.socket, answer_manager: Coroutine[None, None, None], stopping: asyncio.Event
+) -> None:
     server = _Server(
         uvicorn.Config(
             create_app(service),
@@ -106,9 +135,8 @@ async def _serve(service: Service, listener: socket.socket, channel: control.Cha
             timeout_keep_alive=600,
         )
     )
-    verbs = Verbs(service, channel, stopping.set)
     http = asyncio.create_task(server.serve([listener]), name="http")
-    manager = asyncio.create_task(_answer_manager(service, channel, verbs), name="control")
+    manager = asyncio.create_task(answer_manager, name="control")
     stop = asyncio.create_task(stopping.wait(), name="stop")
     await asyncio.wait({http, manager, stop}, return_when=asyncio.FIRST_COMPLETED)
     _bound_the_exit()
@@ -121,30 +149,10 @@ async def _serve(service: Service, listener: socket.socket, channel: control.Cha
     for task in (manager, stop):
         task.cancel()
     await asyncio.wait({manager, stop})
-    verbs.close()
     await in_thread(service.engine.close)
     for task in (http, manager):
         if not task.cancelled() and (error := task.exception()) is not None:
             raise error
-
-
-async def _answer_manager(service: Service, channel: control.Channel, verbs: Verbs) -> None:
-    """Returns when the manager's end closes."""
-    baseline_bytes = trimmed_private_bytes()
-    needs = footprint(service.spec)
-    with contextlib.suppress(control.ChannelClosed):
-        await channel.send(
-            {
-                "event": "hello",
-                "pid": os.getpid(),
-                "baseline_bytes": baseline_bytes,
-                "weights_bytes": needs.weights_bytes,
-                "kv_bytes": needs.kv_bytes,
-                "working_bytes": needs.activation_bytes,
-                "image_bytes": service.engine.image_bytes,
-            }
-        )
-    await control.serve(channel, verbs.table())
 
 
 @contextlib.contextmanager

@@ -58,10 +58,13 @@ class Service:
 
     def check_open(self) -> None:
         """Raises Draining, NotResident."""
-        if self._closed:
-            raise Draining(f"{self.spec.model}: its worker is stopping", retry_after_s=1.0)
+        self._check_not_stopping()
         if not self._open:
             raise NotResident(f"{self.spec.model} is not on the device now")
+
+    def _check_not_stopping(self) -> None:
+        if self._closed:
+            raise Draining(f"{self.spec.model}: its worker is stopping", retry_after_s=1.0)
 
     def open_gate(self) -> None:
         self._open = True
@@ -133,6 +136,8 @@ class Service:
         return ids
 
     async def in_text_thread(self, function: Callable[[], _T]) -> _T:
+        """Raises what the function raises, and Draining."""
+        self._check_not_stopping()
         return await asyncio.get_running_loop().run_in_executor(self._text_threads, function)
 
     def status(self) -> dict[str, Any]:
