@@ -127,6 +127,21 @@ async def test_a_small_model_goes_ahead_of_a_large_one_that_has_to_wait_anyway(s
     await large
 
 
+async def test_a_large_model_that_needs_the_room_of_two_busy_ones_gets_it(serve: Serve) -> None:
+    half = Knobs(weights_bytes=40 * MiB, kv_bytes=4 * MiB)
+    settings = dataclasses.replace(QUICK, max_wait_s=0.2)
+    running = await serve(
+        model("a", half), model("b", half), model("large", Knobs(weights_bytes=90 * MiB)), settings=settings
+    )
+    await running.ask("large")
+    began, waits = time.monotonic(), []
+    load = [asyncio.create_task(busy(running, name, began + 5.0, waits, clients=6)) for name in "ab"]
+    await running.until(lambda: all(running.state(name)["weights"] == "device" for name in "ab"))
+    assert await running.ask("large", deadline_s=3.0) == "large 1 2 3 "
+    assert not any(task.done() for task in load)
+    assert min(await asyncio.gather(*load)) > 0
+
+
 async def test_a_model_in_use_is_never_demoted(serve: Serve) -> None:
     settings = dataclasses.replace(QUICK, max_wait_s=0.05, drain_s=0.3)
     running = await serve(model("a"), model("b"), settings=settings)

@@ -26,6 +26,7 @@ def candidates(draw: st.DrawFn, name: str) -> Candidate:
         promote_s=draw(seconds),
         start_s=draw(seconds),
         oldest_wait_s=draw(seconds),
+        gated=draw(st.booleans()),
     )
 
 
@@ -142,6 +143,14 @@ def test_an_overdue_demand_leaves_a_busy_model_as_long_as_its_swap_took() -> Non
     demand = Demand("new", 50, wait_s=9.0, max_wait_s=5.0)
     assert names(Snapshot(0, (busy,)), demand) is None
     assert names(Snapshot(0, (dataclasses.replace(busy, stay_s=2.0),)), demand) == [("drain", "a")]
+
+
+def test_a_plan_made_anew_does_not_reverse_what_is_under_way() -> None:
+    gated = Candidate("gated", 50, in_flight=1, rate=9.0, promote_s=1.0, gated=True)
+    cheaper = Candidate("cheaper", 50, in_flight=1, rate=0.1, promote_s=1.0)
+    assert names(Snapshot(0, (cheaper, gated)), Demand("new", 50)) == [("drain", "gated")]
+    idle = dataclasses.replace(cheaper, in_flight=0)
+    assert names(Snapshot(0, (idle, gated)), Demand("new", 50)) == [("demote", "cheaper")]
 
 
 def test_sleeping_workers_are_stopped_where_that_is_what_is_lacking() -> None:

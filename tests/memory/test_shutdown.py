@@ -53,7 +53,7 @@ def workers_of(folder: Path) -> set[int]:
                 line = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if str(folder).encode() in line and b"fake_worker" in line and start_ticks(int(entry.name)) is not None:
+            if str(folder).encode() in line and b"fake_worker.py" in line and start_ticks(int(entry.name)) is not None:
                 found.add(int(entry.name))
     return found
 

@@ -145,6 +145,7 @@ class Model:
             promote_s=self.promote_s,
             start_s=self.figures.start_s.value or 0.0,
             oldest_wait_s=self.queue.oldest_wait_s(now),
+            gated=self.gated_s is not None,
         )
 
     def snapshot(self, promised_bytes: int) -> dict[str, Any]:

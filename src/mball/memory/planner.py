@@ -15,7 +15,8 @@ class Candidate:
 
     `demote_bytes` come free by demoting it (0: it is not on the device), `stop_bytes` more by stopping its worker.
     `stay_s` is how long it has been on the device, `min_stay_s` how long it may at least stay. `rate` is in requests
-    a second; `oldest_wait_s` is the age of the oldest request that waits for it.
+    a second; `oldest_wait_s` is the age of the oldest request that waits for it. `gated`: an earlier plan shut its
+    door already.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Candidate:
     promote_s: float = 0.0
     start_s: float = 0.0
     oldest_wait_s: float = 0.0
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +71,18 @@ class _Item:
     cost: float
 
     @property
-    def score(self) -> tuple[float, str]:
-        return self.cost / self.nbytes, self.candidate.name
+    def rank(self) -> tuple[bool, float, str]:
+        """The first goes first. A plan made anew keeps to the doors that the last one shut."""
+        return not self.candidate.gated, self.cost / self.nbytes, self.candidate.name
 
 
 def plan(snapshot: Snapshot, demand: Demand) -> list[Move] | None:
     """The cheapest moves found that free what the demand lacks; [] where nothing is lacking, None where none do.
 
-    Cost is what coming back would take: arrival rate × seconds; the lowest cost a byte goes first, and what turns
-    out not to be needed stays. Idle models are taken before busy ones. Never a pinned model, the one that demands, or
-    one inside its minimum stay, unless the demand is overdue and the oldest (and a busy one has had as long as its
-    swap took).
+    Cost is what coming back would take: arrival rate × seconds; gated ones go first, then the lowest cost a byte, and
+    what turns out not to be needed stays. Idle models are taken before busy ones. Never a pinned model, the one that
+    demands, or one inside its minimum stay, unless the demand is overdue and the oldest (and a busy one has had as
+    long as its swap took).
     """
     lacking = demand.nbytes - snapshot.free_bytes
     if lacking <= 0:
@@ -124,14 +127,14 @@ def _worker(c: Candidate) -> _Item:
 def _cheapest(items: list[_Item], lacking: int, further: Iterable[_Item] = ()) -> list[_Item]:
     """By rising score until enough is free; `further` items, workers of models among `items`, come after all these."""
     chosen: list[_Item] = []
-    for item in [*sorted(items, key=lambda i: i.score), *sorted(further, key=lambda i: i.score)]:
+    for item in [*sorted(items, key=lambda i: i.rank), *sorted(further, key=lambda i: i.rank)]:
         if _freed(chosen) >= lacking:
             break
         chosen.append(item)
     if _freed(chosen) < lacking:
         return []
     # The dearest first: what the others make up for is kept.
-    for item in sorted(chosen, key=lambda i: (i.cost, i.score, i.stop), reverse=True):
+    for item in sorted(chosen, key=lambda i: (not i.candidate.gated, i.cost, i.rank, i.stop), reverse=True):
         without = [other for other in chosen if not _goes_with(other, item)]
         if _freed(without) >= lacking:
             chosen = without

@@ -104,8 +104,9 @@ class Scheduler:
                 change = next_change_s(snapshot, demand)
                 again += [] if change is None else [change]
                 kept += max(0, nbytes - sum(c.demote_bytes + c.stop_bytes for c in snapshot.candidates if not c.pinned))
-            elif drains := {move.model for move in moves if move.kind == "drain"}:
-                gates |= drains
+            elif any(move.kind == "drain" for move in moves):
+                # The idle ones too: whoever entered one of them would have to be waited for next.
+                gates |= {move.model for move in moves}
                 kept += max(0, nbytes - sum(move.frees_bytes for move in moves))
             elif verb == "start" and not moves:
                 self._launch(model, nbytes)
