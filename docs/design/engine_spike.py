@@ -120,11 +120,14 @@ def contend(name: str, path: str, dtype: str, threads: int, repeats: int) -> Non
     generate, close = globals()[f"run_{name}"](path, dtype, threads, prompts)
     generate()
     rates = []
+    cpu_ms = []
     for _ in range(repeats):
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         tokens = generate()
-        rates.append(sum(map(len, tokens)) / (time.perf_counter() - began))
-    result = {"rates": rates, "tokens": tokens, "private_bytes": private_bytes()}
+        count = sum(map(len, tokens))
+        rates.append(count / (time.perf_counter() - began))
+        cpu_ms.append(1000 * (time.process_time() - cpu_began) / count)
+    result = {"rates": rates, "cpu_ms": cpu_ms, "tokens": tokens, "private_bytes": private_bytes()}
     close()
     json.dump(result, sys.stdout)
 
@@ -152,13 +155,16 @@ def main() -> None:
             results[name].append(json.loads(output))
     reference = results["generate"][0]["tokens"]
     print(f"{args.dtype}, {args.threads} threads, {len(PROMPTS)} x {TOKENS} tokens, {args.rounds} rounds")
-    print(f"{'':14}{'tokens/s median':>17}{'min':>8}{'max':>8}{'private MiB':>13}  tokens as generate's")
+    print(
+        f"{'':14}{'tokens/s median':>17}{'min':>8}{'max':>8}{'CPU ms/token':>14}{'private MiB':>13}  tokens as generate's"
+    )
     for name, rounds in results.items():
         rates = [rate for found in rounds for rate in found["rates"]]
+        cpu_ms = statistics.median(value for found in rounds for value in found["cpu_ms"])
         private = max(found["private_bytes"] for found in rounds) >> 20
         equal = sum(ours == theirs for ours, theirs in zip(rounds[0]["tokens"], reference, strict=True))
         print(
-            f"{name:14}{statistics.median(rates):17.1f}{min(rates):8.1f}{max(rates):8.1f}{private:13}"
+            f"{name:14}{statistics.median(rates):17.1f}{min(rates):8.1f}{max(rates):8.1f}{cpu_ms:14.1f}{private:13}"
             f"  {equal} of {len(reference)} sequences"
         )
     if args.json:

@@ -100,7 +100,7 @@ def engine_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Genera
     def open_one(path: Path, **options: Any) -> GenerateEngine:
         promote = options.pop("promote", True)
         account = options.pop("account", OpenAccount())
-        spec = WorkerSpec("tiny", str(path), "", "cpu", **{"block_size": 4, "threads": 1, **options})
+        spec = WorkerSpec("tiny", str(path), "", **{"device": "cpu", "block_size": 4, "threads": 1, **options})
         engine = open_engine(spec, account)
         assert isinstance(engine, GenerateEngine)
         opened.append(engine)
