@@ -8,11 +8,14 @@ MballError
 │   ├── MissingShard                the index names a file that is not there
 │   ├── TensorMismatch              a tensor is missing, unexpected, or of another shape than the module wants
 │   ├── ReadError                   a short read, EIO, a file that shrank while it was read
+│   ├── BadManifest                 the manifest of digests is not there, not readable, or another model's
+│   ├── DigestMismatch              bytes are not those that the manifest was made of
 │   └── HeaderError                 a safetensors header breaks the format; one subclass per defect
 │       ├── HeaderTooShort  ├── HeaderTooLarge  ├── HeaderStart  ├── HeaderJson  ├── DuplicateName
 │       ├── UnknownField  ├── BadMetadata  ├── BadDtype  ├── BadShape  ├── BadOffsets
 │       └── SizeMismatch  └── FileTruncated
 ├── DeviceError                     a device or its memory
+│   ├── RegistrationFailed          host memory can't be registered with a GPU's driver
 │   └── DeviceOutOfMemory           more bytes wanted than the device has free
 ├── TransitionError                 a move between residencies failed
 │   ├── IllegalMove                 not in the table of moves
@@ -89,6 +92,21 @@ class ReadError(CheckpointError):
     """A short read, an I/O error, or a file that changed its size while it was read."""
 
 
+class BadManifest(CheckpointError):
+    """The manifest of digests is not there, can't be read, or describes other files."""
+
+
+class DigestMismatch(CheckpointError):
+    """Bytes of a shard are not those that the manifest was made of.
+
+    `extent` is the number of the extent in the shard's data section, None for the header.
+    """
+
+    def __init__(self, message: str, *, file: str, tensor: str | None = None, extent: int | None = None) -> None:
+        super().__init__(message, file=file, tensor=tensor)
+        self.extent = extent
+
+
 class HeaderError(CheckpointError):
     """A safetensors header breaks the format (https://github.com/huggingface/safetensors#format)."""
 
@@ -143,6 +161,10 @@ class FileTruncated(HeaderError):
 
 class DeviceError(MballError):
     """A device, or memory on it, failed."""
+
+
+class RegistrationFailed(DeviceError):
+    """A GPU's driver would not register host memory: a limit on locked memory, or a file system that it can't pin."""
 
 
 class DeviceOutOfMemory(DeviceError):

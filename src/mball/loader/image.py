@@ -9,6 +9,7 @@ import threading
 from mball.errors import ReadError
 from mball.loader.checkpoint import Checkpoint
 from mball.loader.lanes import FileLane
+from mball.loader.manifest import Manifest
 from mball.loader.plan import Extent, chunked
 from mball.loader.reader import Progress, Source, read
 
@@ -34,11 +35,12 @@ def fill(
     threads: int = 2,
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
+    verify: Manifest | None = None,
 ) -> int:
-    """Copy every shard's data section to its place in the image; the bytes copied.
+    """Copy every shard's data section to its place in the image, checked against `verify`; the bytes copied.
 
-    Raises ReadError where a shard fails or the image is too small, OSError where memory for the image runs out,
-    Cancelled. After an error the image holds rubbish: close it.
+    Raises ReadError where a shard fails or the image is too small, DigestMismatch, OSError where memory for the image
+    runs out, Cancelled. After an error the image holds rubbish: close it.
     """
     found = os.fstat(image_fd).st_size
     if found < checkpoint.image_bytes:
@@ -48,7 +50,13 @@ def fill(
         for number, shard in enumerate(checkpoint.shards)
     )
     return read(
-        extents, Source(checkpoint), lambda: FileLane(image_fd), threads=threads, progress=progress, cancel=cancel
+        extents,
+        Source(checkpoint),
+        lambda: FileLane(image_fd),
+        threads=threads,
+        progress=progress,
+        cancel=cancel,
+        verify=verify.verifier(checkpoint) if verify is not None else None,
     )
 
 

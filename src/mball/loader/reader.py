@@ -9,11 +9,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mball.errors import Cancelled, ReadError
 from mball.loader.checkpoint import Checkpoint
 from mball.loader.lanes import Lane
 from mball.loader.plan import Extent
+
+if TYPE_CHECKING:
+    from mball.loader.verify import Verifier
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all, from the thread that called the loader."""
@@ -84,31 +88,46 @@ def read(
     threads: int,
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
+    verify: Verifier | None = None,
 ) -> int:
     """Read every extent, in about the order given; the bytes read. Closes the source.
 
-    Raises the first failing thread's error (ReadError; OSError from a FileLane), Cancelled, or TimeoutError after
-    STALL_S without a byte. Then no thread writes any more, unless its read hangs in the kernel.
+    Raises the first failing thread's error (ReadError; DigestMismatch from `verify`; OSError from a FileLane),
+    Cancelled, or TimeoutError after STALL_S without a byte. Then no thread writes any more, unless its read hangs in
+    the kernel.
     """
-    work = deque(extents)
+    units = verify.units(extents) if verify is not None else [[extent] for extent in extents]
+    work = deque(units)
     meter = _Meter(sum(extent.nbytes for extent in extents))
     stop = threading.Event()
+
+    def stopped() -> bool:
+        return stop.is_set() or (cancel is not None and cancel.is_set())
 
     def run() -> None:
         lane = open_lane()
         try:
-            while not stop.is_set() and not (cancel is not None and cancel.is_set()):
+            while not stopped():
                 try:
-                    extent = work.popleft()
+                    unit = work.popleft()
                 except IndexError:
                     return
-                source.read_into(lane.buffer(extent), extent.shard, extent.start)
-                lane.commit(extent)
-                meter.add(extent.nbytes)
+                check = verify.begin(unit, source) if verify is not None else None
+                for extent in unit:
+                    if stopped():
+                        return
+                    buffer = lane.buffer(extent)
+                    source.read_into(buffer, extent.shard, extent.start)
+                    if check is not None:
+                        check.update(extent, buffer)
+                    lane.commit(extent)
+                    meter.add(extent.nbytes)
+                if check is not None:
+                    check.end()
         finally:
             lane.finish()
 
-    workers = max(1, min(threads, len(extents)))
+    workers = max(1, min(threads, len(units)))
     pool = ThreadPoolExecutor(workers, thread_name_prefix="mball-read")
     running = {pool.submit(run) for _ in range(workers)}
     try:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mball.errors import UnsupportedCheckpoint
 from mball.loader.checkpoint import Checkpoint, TensorInfo
 from mball.loader.dtypes import TORCH, torch_shape
+from mball.loader.manifest import Manifest
 from mball.loader.plan import Extent, aligned, chunked
 from mball.loader.reader import Progress, Source, read
 from mball.loader.slab import open_slab
@@ -26,11 +27,14 @@ def load(
     threads: int = 2,
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
+    verify: Manifest | None = None,
 ) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, or of a folder's shards, with dtypes and shapes as stored.
 
     The tensors own their memory (one slab that they share; it goes with the last of them): what happens to the files
     afterwards changes nothing. F4 tensors are torch's packed pairs, with half the last dimension.
+
+    With `verify`, the manifest beside the model (`Manifest.open`), every byte is checked on the way in.
 
     Raises a CheckpointError, DeviceOutOfMemory, Cancelled, TimeoutError.
     """
@@ -52,7 +56,15 @@ def load(
             info.name: slab.view(offsets[info.name], torch_shape(info.dtype, info.shape), TORCH[info.dtype])
             for info in checkpoint.tensors.values()
         }
-        read(extents, Source(checkpoint), slab.lane, threads=threads, progress=progress, cancel=cancel)
+        read(
+            extents,
+            Source(checkpoint),
+            slab.lane,
+            threads=threads,
+            progress=progress,
+            cancel=cancel,
+            verify=verify.verifier(checkpoint) if verify is not None else None,
+        )
         undo.pop_all()
     return tensors
 

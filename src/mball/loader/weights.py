@@ -15,6 +15,7 @@ from mball.device.account import Account
 from mball.errors import TensorMismatch
 from mball.loader.binding import Piece, Slot, extents_of, first_byte, keep_other_buffers, match
 from mball.loader.checkpoint import Checkpoint
+from mball.loader.manifest import Manifest
 from mball.loader.plan import Extent, aligned, chunked
 from mball.loader.reader import Progress, Source, read
 from mball.loader.slab import Slab, open_slab
@@ -90,10 +91,14 @@ class Weights:
         threads: int = 2,
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
+        verify: Manifest | None = None,
     ) -> LoadStats:
         """Fill the module's tensors, from the source image where one is given, else from the shards.
 
-        Raises ReadError, Cancelled, DeviceOutOfMemory, TimeoutError; after an error nothing is held on the device.
+        With `verify`, the checkpoint's manifest, every byte is checked on the way in.
+
+        Raises ReadError, DigestMismatch, Cancelled, DeviceOutOfMemory, TimeoutError; after an error nothing is held on
+        the device.
         """
         begin = time.perf_counter()
         with ExitStack() as undo:
@@ -102,7 +107,15 @@ class Weights:
             if not self._placed:
                 self._place()
             source = Source(self._checkpoint, image_fd)
-            nbytes = read(self._extents, source, self._slab.lane, threads=threads, progress=progress, cancel=cancel)
+            nbytes = read(
+                self._extents,
+                source,
+                self._slab.lane,
+                threads=threads,
+                progress=progress,
+                cancel=cancel,
+                verify=verify.verifier(self._checkpoint) if verify is not None else None,
+            )
             undo.pop_all()
         return LoadStats(nbytes, time.perf_counter() - begin)
 

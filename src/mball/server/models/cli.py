@@ -70,6 +70,38 @@ def random_model(
     console.print(f"{folder}: {format_bytes(written)} at {rate}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def manifest(
+    model: Annotated[Path, typer.Argument(help="A model's folder, or one safetensors file.")],
+    check: Annotated[bool, typer.Option("--check", help="Compare the files with the manifest that is there.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Threads that read.")] = 4,
+) -> None:
+    """Write the digests of a model's shards beside it, for loads that verify every byte; or check them."""
+    from mball.loader import Checkpoint
+    from mball.loader.manifest import EXTENT_BYTES, Manifest, manifest_path
+
+    console = Console(stderr=True)
+    checkpoint = Checkpoint.open(model)
+    written = Manifest.open(checkpoint) if check else None
+    started = time.monotonic()
+    with _bar(console) as bar:
+        task = bar.add_task(f"reading {model.name}", total=None)
+        found = Manifest.make(
+            checkpoint,
+            threads=threads,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            extent_bytes=written.extent_bytes if written is not None else EXTENT_BYTES,
+        )
+    nbytes = sum(shard.data_bytes for shard in checkpoint.shards)
+    if written is not None:
+        written.check(checkpoint, found)
+        done = f"{model}: as {manifest_path(checkpoint).name} says"
+    else:
+        done = f"{found.write(checkpoint)}: {sum(len(shard.extents) for shard in found.shards.values())} extents"
+    rate = format_rate(nbytes, time.monotonic() - started)
+    console.print(f"{done}, {format_bytes(nbytes)} at {rate}", highlight=False, soft_wrap=True)
+
+
 def _size(option: str, text: str) -> int:
     try:
         return parse_bytes(text)

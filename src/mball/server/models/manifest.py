@@ -7,6 +7,8 @@ from pathlib import Path
 
 import xxhash
 
+from mball.loader.manifest import MANIFEST_FILE as SHARDS_MANIFEST_FILE
+
 MANIFEST_FILE = "manifest.json"
 _CHUNK_BYTES = 4 << 20
 
@@ -33,7 +35,8 @@ def is_whole(folder: Path, recipe: str) -> bool:
 
 def _names(folder: Path) -> list[str]:
     files = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(name for path in files if (name := path.relative_to(folder).as_posix()) != MANIFEST_FILE)
+    names = {path.relative_to(folder).as_posix() for path in files}
+    return sorted(names - {MANIFEST_FILE, SHARDS_MANIFEST_FILE})
 
 
 def _entry(path: Path) -> dict[str, int | str]:
