@@ -39,13 +39,15 @@ async def watch(device: SimulatedDevice) -> None:
         await asyncio.sleep(0.01)
 
 
-async def busy(running: Running, name: str, until_s: float, waits: list[float], clients: int = 4) -> int:
+async def busy(
+    running: Running, name: str, until_s: float, waits: list[float], *, clients: int = 4, each_s: float = 0.02
+) -> int:
     async def client() -> int:
         answered = 0
         while (began := time.monotonic()) < until_s:
             async with running.manager.admit(name):
                 waits.append(time.monotonic() - began)
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(each_s)
                 answered += 1
         return answered
 
@@ -134,8 +136,8 @@ async def test_a_large_model_that_needs_the_room_of_two_busy_ones_gets_it(serve:
         model("a", half), model("b", half), model("large", Knobs(weights_bytes=90 * MiB)), settings=settings
     )
     await running.ask("large")
-    began, waits = time.monotonic(), []
-    load = [asyncio.create_task(busy(running, name, began + 5.0, waits, clients=6)) for name in "ab"]
+    until_s = time.monotonic() + 6.0
+    load = [asyncio.create_task(busy(running, name, until_s, [], clients=6, each_s=0.4)) for name in "ab"]
     await running.until(lambda: all(running.state(name)["weights"] == "device" for name in "ab"))
     assert await running.ask("large", deadline_s=3.0) == "large 1 2 3 "
     assert not any(task.done() for task in load)

@@ -180,14 +180,17 @@ async def test_one_that_waits_too_long_is_told_and_leaves_no_gate_shut(serve: Se
 
 
 async def test_a_queue_that_is_full_refuses_but_not_for_a_model_that_is_there(serve: Serve) -> None:
-    running = await serve(model("a"), model("b"), settings=dataclasses.replace(QUICK, max_queue=3))
+    settings = dataclasses.replace(QUICK, max_queue=3, min_stay_s=60.0, max_stay_s=60.0, max_wait_s=3.0)
+    running = await serve(model("a", max_in_flight=1), model("b"), settings=settings)
     async with running.manager.admit("a"):
         waiting = [asyncio.create_task(running.ask("b")) for _ in range(3)]
         await running.until(lambda: running.state("b")["queued"] == 3)
-        with pytest.raises(QueueFull) as full:
-            await running.ask("b")
-        assert full.value.retry_after_s is not None
-        assert full.value.retry_after_s >= 1
+        for name in ("b", "a"):
+            with pytest.raises(QueueFull) as full:
+                await running.ask(name)
+            assert full.value.retry_after_s is not None
+            assert full.value.retry_after_s >= 1
+    assert await running.ask("a") == "a 1 2 3 "
     assert await asyncio.gather(*waiting) == ["b 1 2 3 "] * 3
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 
+from mball.device.memfd import create, seal
 from mball.errors import ReadError
 from mball.loader.checkpoint import Checkpoint
 from mball.loader.lanes import FileLane
@@ -13,19 +13,7 @@ from mball.loader.manifest import Manifest
 from mball.loader.plan import Extent, chunked
 from mball.loader.reader import Progress, Source, read
 
-_F_SEAL_FUTURE_WRITE = 0x10
-_SEALS = _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-
-
-def create(name: str, nbytes: int) -> int:
-    """An empty memfd of `nbytes`; no memory yet. `name` shows in /proc/PID/fd. The caller closes it."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        os.ftruncate(fd, nbytes)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+__all__ = ["create", "fill", "seal"]
 
 
 def fill(
@@ -58,8 +46,3 @@ def fill(
         cancel=cancel,
         verify=verify.verifier(checkpoint) if verify is not None else None,
     )
-
-
-def seal(image_fd: int) -> None:
-    """Let nobody write, grow or shrink the image any more. Mappings that are writable already stay so."""
-    fcntl.fcntl(image_fd, fcntl.F_ADD_SEALS, _SEALS)

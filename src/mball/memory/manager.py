@@ -265,7 +265,7 @@ class Manager:
             model.failure, model.crashes_in_row = None, 0
             if model.state.process is Process.FAILED:
                 model.state = model.state.to(Process.GONE)
-        if not model.queue.is_open and sum(len(m.queue) for m in self._models.values()) >= self._settings.max_queue:
+        if model.queue.would_wait and sum(len(m.queue) for m in self._models.values()) >= self._settings.max_queue:
             wait_s = self.retry_after_s(name)
             raise QueueFull(f"{self._settings.max_queue} requests wait for their models already", retry_after_s=wait_s)
         return model

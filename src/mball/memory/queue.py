@@ -50,6 +50,11 @@ class Queue:
         return self._socket_path is not None
 
     @property
+    def would_wait(self) -> bool:
+        """Whether one that came now would have to wait."""
+        return self._socket_path is None or len(self.inside) >= self.limit
+
+    @property
     def in_flight(self) -> int:
         return len(self.inside)
 

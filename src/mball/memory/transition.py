@@ -14,6 +14,7 @@ from mball.device.device import Device
 from mball.errors import (
     ConfigError,
     DeviceError,
+    IllegalMove,
     MballError,
     ModelDoesNotFit,
     NotReleased,
@@ -134,11 +135,13 @@ class Transitions:
     async def demote(self, model: Model, epoch: int, reason: str) -> None:
         """On the device → alive at rest, or gone where the worker did not give its bytes back.
 
-        Its door is shut and nobody is inside. Raises NotReleased where not even its end freed them.
+        Raises IllegalMove unless its door is shut and nobody is inside, NotReleased where not even its end freed them.
         """
         async with model.lock:
             if not model.on_device:
                 return
+            if model.queue.is_open or model.queue.in_flight:
+                raise IllegalMove(f"{model.name}: in use ({model.queue.in_flight} in flight), so it is not demoted")
             worker, began = _alive(model), time.monotonic()
             model.counters.demotions += 1
             try:
