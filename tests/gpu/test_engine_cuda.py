@@ -1,58 +1,55 @@
-"""The transformers engine on a CUDA device: the same tokens as on the CPU, before and after a swap."""
+"""The engine's claims on a GPU, in fp32."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from __future__ import annotations
 
 import pytest
 import torch
 
-from mball.device.account import OpenAccount
-from mball.memory.spec import WorkerSpec
-from mball.server.engine import open_engine
-from mball.server.engine.engine import GenerateEngine
-from tests.server.engine.driving import EngineFor, ModelDir, Oracle, prompts, reference, run_all
+from tests.server.engine.conftest import CONFIGS
+from tests.server.engine.driving import EngineFor, ModelDir, Oracle, Run, prompts, reference, run_all
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
-MODELS = ("llama", "qwen3", "qwen3_moe", "mistral_window")
+MIXED = prompts(6)
 
 
-@pytest.fixture
-def cuda_engine(model_dir: ModelDir, request: pytest.FixtureRequest) -> Iterator[GenerateEngine]:
-    spec = WorkerSpec(request.param, str(model_dir(request.param)), device="cuda", block_size=4)
-    engine = open_engine(spec, OpenAccount())
-    assert isinstance(engine, GenerateEngine)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_tokens_are_the_reference_s_before_and_after_a_swap(
+    name: str, model_dir: ModelDir, oracle: Oracle, engine_for: EngineFor
+) -> None:
+    path = model_dir(name)
+    engine = engine_for(path, device="cuda:0", max_num_batched_tokens=16)
+    expected = [reference(oracle(path), prompt, 12)[0] for prompt in MIXED]
+    assert [run.tokens for run in run_all(engine, MIXED)] == expected
+    engine.demote()
     engine.promote(None)
-    yield engine
-    engine.close()
+    assert [run.tokens for run in run_all(engine, MIXED)] == expected
 
 
-@pytest.mark.parametrize("cuda_engine", MODELS, indirect=True)
-def test_greedy_tokens_are_the_reference_s(
-    cuda_engine: GenerateEngine, model_dir: ModelDir, oracle: Oracle, request: pytest.FixtureRequest
+def test_seeded_sampling_is_the_same_alone_in_a_batch_and_after_a_swap(
+    model_dir: ModelDir, engine_for: EngineFor
 ) -> None:
-    path: Path = model_dir(request.node.callspec.params["cuda_engine"])
-    wanted = [reference(oracle(path), prompt, 12)[0] for prompt in prompts(6)]
-    assert [run.tokens for run in run_all(cuda_engine, prompts(6))] == wanted
-    cuda_engine.demote()
-    cuda_engine.promote(None)
-    assert [run.tokens for run in run_all(cuda_engine, prompts(6))] == wanted
+    options = {"temperature": [1.0, 0.7, 1.5, 0.0, 1.0, 1.2], "top_p": [1.0, 0.9, 1.0, 1.0, 0.5, 0.8]}
+    engine = engine_for(model_dir("qwen3"), device="cuda:0")
+    batch = [run.tokens for run in run_all(engine, MIXED, **options)]
+    for index, prompt in enumerate(MIXED):
+        own = {key: value[index] for key, value in options.items()}
+        assert Run(engine, "alone", prompt, **own).wait().tokens == batch[index]
+    engine.demote()
+    engine.promote(None)
+    assert [run.tokens for run in run_all(engine, MIXED, **options)] == batch
 
 
-@pytest.mark.parametrize("cuda_engine", ["llama"], indirect=True)
-def test_a_seed_draws_the_same_as_on_the_cpu(
-    cuda_engine: GenerateEngine, model_dir: ModelDir, engine_for: EngineFor
-) -> None:
-    options = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": list(range(6))}
-    on_cpu = [run.tokens for run in run_all(engine_for(model_dir("llama")), prompts(6), **options)]
-    assert [run.tokens for run in run_all(cuda_engine, prompts(6), **options)] == on_cpu
-
-
-@pytest.mark.parametrize("cuda_engine", ["llama"], indirect=True)
-def test_demoting_frees_the_device(cuda_engine: GenerateEngine) -> None:
-    run_all(cuda_engine, prompts(2))
-    held = cuda_engine.status()
+def test_demote_gives_the_memory_back(model_dir: ModelDir, engine_for: EngineFor) -> None:
+    engine = engine_for(model_dir("llama"), device="cuda:0", promote=False)
     before = torch.cuda.memory_allocated()
-    cuda_engine.demote()
-    assert before - torch.cuda.memory_allocated() >= held.weights_bytes + held.kv_bytes
-    assert not cuda_engine.status().resident
+    for _ in range(3):
+        promoted = engine.promote(None)
+        run_all(engine, MIXED)
+        assert torch.cuda.memory_allocated() - before >= promoted.weights_bytes + promoted.kv_bytes
+        engine.demote()
+        # What stays is cuBLAS's workspace, which belongs to the context.
+        assert torch.cuda.memory_allocated() - before < 64 << 20

@@ -136,8 +136,8 @@ def _watching(url: str, seen: _Seen, console: Console) -> Iterator[None]:
 
 def _summary(seen: _Seen, console: Console) -> None:
     view = Table(title="What you saw", title_justify="left", header_style="bold")
-    for name in ("model", "times brought in", "last swap", "load", "first token, median", "slowest"):
-        view.add_column(name, justify="left" if name == "model" else "right")
+    for name in ("model", "swaps", "last swap", "load", "first token", "slowest"):
+        view.add_column(name, justify="left" if name == "model" else "right", no_wrap=name == "model")
     for model in seen.state["models"]:
         waits = seen.first_token_s.get(model["name"], [])
         swap, rate = model["last_swap_s"], model["load_gib_s"]

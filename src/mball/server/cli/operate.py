@@ -27,7 +27,8 @@ def table(state: dict[str, Any]) -> Table:
     )
     view = Table(title=title, title_justify="left", header_style="bold")
     for name in ("model", "rung", "device", "in flight", "queued", "swaps", "last swap", "load"):
-        view.add_column(name, justify="left" if name in ("model", "rung") else "right")
+        left = name in ("model", "rung")
+        view.add_column(name, justify="left" if left else "right", no_wrap=name == "model", overflow="fold")
     styles = {"device": "green", "dram": "yellow", "failed": "red"}
     for model in state["models"]:
         shown = model["shown_as"]
