@@ -13,12 +13,12 @@ from pathlib import Path
 
 import openai
 import pytest
+import yaml
 
 from mball.server.run import Running, running_server
-from mball.units import MiB
 from tests.e2e.conftest import CHAT_MODELS
 
-GOOD = CHAT_MODELS[0]
+GOOD, _, LARGE = CHAT_MODELS
 HELLO = [{"role": "user", "content": "Say hello."}]
 
 
@@ -69,10 +69,12 @@ def server(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         shutil.copytree(models_dir / GOOD, folder / name)
         damage(folder / name)
     (folder / "empty").mkdir()
-    names = [*DEFECTS, "empty", "absent"]
-    paths = [str(models_dir / GOOD), str(models_dir / "smollm2-135m-fp32"), *(str(folder / name) for name in names)]
+    paths = [models_dir / GOOD, models_dir / LARGE, *(folder / name for name in (*DEFECTS, "empty", "absent"))]
+    models = [{"path": str(path), "kv_cache_memory_bytes": "64MiB"} for path in paths]
+    config = folder / "mball.yaml"
+    config.write_text(yaml.safe_dump({"models": models, "device_memory_bytes": "500MiB"}))
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with running_server([*paths, "--device-memory", str(500 * MiB)], log=log) as running:
+    with running_server(["--config", str(config)], log=log) as running:
         yield running
 
 
@@ -106,7 +108,7 @@ def test_a_folder_that_is_no_model(client: openai.OpenAI, name: str) -> None:
 
 def test_a_model_that_does_not_fit_says_the_numbers(client: openai.OpenAI) -> None:
     with pytest.raises(openai.InternalServerError, match=r"MiB.*500 MiB") as error:
-        client.chat.completions.create(model="smollm2-135m-fp32", messages=HELLO)
+        client.chat.completions.create(model=LARGE, messages=HELLO)
     assert error.value.code == "model_does_not_fit"
     assert answers(client)
 
