@@ -56,7 +56,7 @@ def only_pickles(folder: Path) -> None:
 
 DEFECTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncate, "safetensors"),
-    "overlapping": (overlap, "offset"),
+    "overlapping": (overlap, "overlap"),
     "incomplete": (lose_a_shard, "safetensors"),
     "pickled": (only_pickles, r"\.bin"),
 }
