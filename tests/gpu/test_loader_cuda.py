@@ -1,5 +1,6 @@
 """The loader on a CUDA device."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -9,11 +10,15 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mball.errors import Cancelled, DeviceOutOfMemory
-from mball.loader import Checkpoint, Weights, load
-from mball.loader.lanes import CudaLane
-from mball.loader.plan import Extent
+from mball.device.cuda import CudaRuntime, CudaStream
+from mball.device.mapping import Mapping
+from mball.errors import Cancelled, DeviceOutOfMemory, RegistrationFailed
+from mball.loader import Checkpoint, Way, Weights, image, load
+from mball.loader import fill as filling
+from mball.loader.registered import IMAGES
+from mball.loader.ring import RINGS
 from mball.loader.slab import CudaSlab
+from mball.loader.tuning import Profile
 from mball.units import GiB, MiB
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -65,18 +70,58 @@ def test_released_memory_is_free_and_views_come_back(tmp_path: Path, wanted: tor
 def test_slow_copies_are_waited_for_before_a_buffer_is_used_again_and_at_the_end(
     tmp_path: Path, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = CudaLane.commit
+    copy = CudaStream.copy
 
-    def slow(lane: CudaLane, extent: Extent) -> None:
-        with torch.cuda.stream(lane._stream):
-            torch.cuda._sleep(100_000_000)
-        commit(lane, extent)
+    def slow(stream: CudaStream, target: Tensor, source: Tensor) -> None:
+        torch.cuda._sleep(50_000_000)
+        copy(stream, target, source)
 
-    monkeypatch.setattr(CudaLane, "commit", slow)
+    monkeypatch.setattr(CudaStream, "copy", slow)
+    RINGS.release()
+    monkeypatch.setattr(filling, "profile", lambda threads: Profile(16, 2, 2 * MiB, 2))
     loaded = load(tmp_path, "cuda", threads=2)
     # From the end of the file: what was copied last would be missing first.
     for name in sorted(loaded, key=lambda name: loaded[name].data_ptr(), reverse=True):
         assert torch.equal(loaded[name].cpu(), tensors[name])
+
+
+@pytest.mark.parametrize("way", list(Way))
+def test_every_way_alone(tmp_path: Path, tensors: dict[str, Tensor], way: Way) -> None:
+    for _ in range(2):
+        loaded = load(tmp_path, "cuda", ways={way})
+        for name, tensor in tensors.items():
+            assert torch.equal(loaded[name].cpu(), tensor)
+
+
+def test_from_an_image_by_its_registered_pages(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    checkpoint = Checkpoint.open(tmp_path)
+    with init_empty_weights():
+        holder = nn.ParameterDict({name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()})
+    weights = Weights.bind(holder, checkpoint, device=torch.device("cuda"))
+    fd = image.create("test", checkpoint.image_bytes)
+    image.fill(checkpoint, fd)
+    image.seal(fd)
+    for _ in range(2):
+        assert weights.load(fd).by_way.keys() == {"mapped"}
+        for name, tensor in tensors.items():
+            assert torch.equal(holder[name].cpu(), tensor)
+        weights.release()
+    IMAGES.detach(fd)
+    os.close(fd)
+
+
+def test_a_refused_registration_is_an_error_that_no_kernel_reports() -> None:
+    runtime = CudaRuntime(torch.device("cuda", 0))
+    mapping = Mapping(MiB)
+    mapping.populate(0, MiB)
+    runtime.register(mapping.address, MiB)
+    with pytest.raises(RegistrationFailed):
+        runtime.register(mapping.address, MiB)
+    assert torch.ones(3, device="cuda").sum() == 3
+    runtime.unregister(mapping.address)
+    runtime.unregister(mapping.address)
+    assert torch.ones(3, device="cuda").sum() == 3
+    mapping.close()
 
 
 def test_cancelled_and_too_large_loads_leave_nothing(
@@ -87,8 +132,10 @@ def test_cancelled_and_too_large_loads_leave_nothing(
     weights = Weights.bind(holder, Checkpoint.open(tmp_path), device=torch.device("cuda"))
     cancel = threading.Event()
     allocated_bytes = torch.cuda.memory_allocated()
-    commit = CudaLane.commit
-    monkeypatch.setattr(CudaLane, "commit", lambda lane, extent: (commit(lane, extent), cancel.set())[0])
+    copy = CudaStream.copy
+    monkeypatch.setattr(
+        CudaStream, "copy", lambda stream, target, source: (copy(stream, target, source), cancel.set())[0]
+    )
     with pytest.raises(Cancelled):
         weights.load(threads=2, cancel=cancel)
     assert torch.cuda.memory_allocated() == allocated_bytes

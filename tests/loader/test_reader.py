@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from mball.errors import Cancelled, ReadError
-from mball.loader import reader
+from mball.loader import workers
 from mball.loader.checkpoint import Checkpoint, Shard, TensorInfo
 from mball.loader.lanes import FileLane, HostLane
 from mball.loader.plan import Extent, chunked
@@ -148,7 +148,7 @@ def test_an_error_in_the_progress_callback_ends_the_read(checkpoint: Checkpoint)
 
 
 def test_a_read_in_which_nothing_arrives_ends(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "STALL_S", 0.3)
+    monkeypatch.setattr(workers, "STALL_S", 0.3)
     base = torch.zeros(checkpoint.nbytes, dtype=torch.uint8)
     go = threading.Event()
     threading.Timer(2.0, go.set).start()

@@ -240,8 +240,8 @@ def test_a_failing_shard_leaves_nothing_on_the_device(
         elif defect == "truncated":
             path.write_bytes(content[:-1])
         else:
-            lane = HostSlab.lane
-            patch.setattr(HostSlab, "lane", lambda slab: (os.truncate(path, len(content) - 8), lane(slab))[1])
+            memory = HostSlab.memory
+            patch.setattr(HostSlab, "memory", lambda slab: (os.truncate(path, len(content) - 8), memory(slab))[1])
         with pytest.raises(ReadError, match=r"2\.safetensors"):
             weights.load()
     assert ledger.taken_bytes == 0

@@ -2,7 +2,9 @@
 
 from mball.loader.binding import Piece
 from mball.loader.checkpoint import Checkpoint
-from mball.loader.tensors import load
-from mball.loader.weights import LoadStats, Weights
+from mball.loader.paths import Way
+from mball.loader.selection import Slice
+from mball.loader.tensors import load, stream
+from mball.loader.weights import LoadStats, Weights, load_into
 
-__all__ = ["Checkpoint", "LoadStats", "Piece", "Weights", "load"]
+__all__ = ["Checkpoint", "LoadStats", "Piece", "Slice", "Way", "Weights", "load", "load_into", "stream"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
+from mball.device.host import host_threads
 from mball.device.memfd import create, seal
 from mball.errors import ReadError
 from mball.loader.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ def fill(
     checkpoint: Checkpoint,
     image_fd: int,
     *,
-    threads: int = 2,
+    threads: int | None = None,
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
     verify: Manifest | None = None,
@@ -41,7 +42,7 @@ def fill(
         extents,
         Source(checkpoint),
         lambda: FileLane(image_fd),
-        threads=threads,
+        threads=threads if threads is not None else host_threads(),
         progress=progress,
         cancel=cancel,
         verify=verify.verifier(checkpoint) if verify is not None else None,

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from mball.loader.plan import CHUNK_BYTES, Extent
 
-RING_DEPTH = 2
-
 
 class Lane(Protocol):
     def buffer(self, extent: Extent) -> memoryview:
@@ -50,32 +48,6 @@ class HostLane:
         pass
 
 
-class CudaLane:
-    """Reads into a small ring of pinned buffers, copied to the device on a stream of its own."""
-
-    def __init__(self, base: Tensor) -> None:
-        self._base = base
-        self._stream = torch.cuda.Stream(base.device)  # type: ignore[no-untyped-call]
-        # The slab's memory may still be in use by work queued before.
-        self._stream.wait_stream(torch.cuda.current_stream(base.device))
-        self._ring = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(RING_DEPTH)]
-        self._copied = [torch.cuda.Event() for _ in range(RING_DEPTH)]  # type: ignore[no-untyped-call]
-        self._turn = 0
-
-    def buffer(self, extent: Extent) -> memoryview:
-        self._copied[self._turn].synchronize()
-        return self._ring[self._turn].numpy().data[: extent.nbytes]
-
-    def commit(self, extent: Extent) -> None:
-        with torch.cuda.stream(self._stream):
-            _put(extent, self._ring[self._turn], self._base)
-            self._copied[self._turn].record()
-        self._turn = (self._turn + 1) % RING_DEPTH
-
-    def finish(self) -> None:
-        self._stream.synchronize()
-
-
 class FileLane:
     """Writes into a file, such as an image, through a scratch of one chunk. A full file system is an OSError here,
     where a mapping would end the process with SIGBUS."""
@@ -99,8 +71,8 @@ class FileLane:
 def _put(extent: Extent, buffer: Tensor, base: Tensor) -> None:
     source = buffer[: extent.nbytes]
     if extent.cast is None:
-        base[extent.offset : extent.offset + extent.nbytes].copy_(source, non_blocking=True)
+        base[extent.offset : extent.offset + extent.nbytes].copy_(source)
     else:
         end = extent.offset + extent.cast.target_bytes(extent.nbytes)
         target = base[extent.offset : end].view(extent.cast.target)
-        target.copy_(source.view(extent.cast.source), non_blocking=True)
+        target.copy_(source.view(extent.cast.source))

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from mball.loader import reader
+from mball.loader import workers
 from mball.units import format_bytes, format_rate
 
 
@@ -25,7 +25,7 @@ class _Bytes(ProgressColumn):
 
 
 @contextmanager
-def progress_bar(description: str, console: Console | None = None) -> Iterator[reader.Progress]:
+def progress_bar(description: str, console: Console | None = None) -> Iterator[workers.Progress]:
     """A bar on the console while the block runs; yields the callback that the loader wants."""
     columns = (TextColumn("{task.description}"), BarColumn(), _Bytes(), _Rate(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:

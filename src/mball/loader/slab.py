@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mball.device.account import Account, OpenAccount
 from mball.errors import DeviceOutOfMemory
-from mball.loader.lanes import CudaLane, HostLane, Lane
 
 
 class Slab(Protocol):
@@ -27,8 +26,8 @@ class Slab(Protocol):
     def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The tensor at byte `offset`, a multiple of the element's size."""
 
-    def lane(self) -> Lane:
-        """A lane that ends in this slab."""
+    def memory(self) -> Tensor:
+        """All of it, one byte an element. Populated memory alone may be written."""
 
     def populate(self) -> None:
         """Take the memory. Raises DeviceOutOfMemory; then nothing is held."""
@@ -66,8 +65,8 @@ class HostSlab:
     def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return _view(self._base, offset, shape, dtype)
 
-    def lane(self) -> Lane:
-        return HostLane(self._base)
+    def memory(self) -> Tensor:
+        return self._base
 
     def populate(self) -> None:
         if not self._held:
@@ -105,10 +104,12 @@ class CudaSlab:
         return self._base is not None
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return _view(self._memory(), offset, shape, dtype)
+        return _view(self.memory(), offset, shape, dtype)
 
-    def lane(self) -> Lane:
-        return CudaLane(self._memory())
+    def memory(self) -> Tensor:
+        if self._base is None:
+            raise RuntimeError("the slab has no memory before its first populate()")
+        return self._base
 
     def populate(self) -> None:
         if self._held:
@@ -137,11 +138,6 @@ class CudaSlab:
 
     def close(self) -> None:
         self.release()
-
-    def _memory(self) -> Tensor:
-        if self._base is None:
-            raise RuntimeError("the slab has no memory before its first populate()")
-        return self._base
 
 
 def open_slab(nbytes: int, device: torch.device, account: Account | None = None) -> Slab:

@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,20 +16,24 @@ from mball.device.account import Account
 from mball.errors import TensorMismatch
 from mball.loader.binding import Piece, Slot, extents_of, first_byte, keep_other_buffers, match
 from mball.loader.checkpoint import Checkpoint
+from mball.loader.fill import Options, fill
+from mball.loader.hub import resolve
 from mball.loader.manifest import Manifest
-from mball.loader.plan import Extent, aligned, chunked
-from mball.loader.reader import Progress, Source, read
+from mball.loader.paths import EVERY_WAY, Way
+from mball.loader.plan import Extent, aligned
 from mball.loader.slab import Slab, open_slab
+from mball.loader.workers import Progress
 
-__all__ = ["LoadStats", "Piece", "Weights"]
+__all__ = ["LoadStats", "Piece", "Weights", "load_into"]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadStats:
-    """Bytes read and seconds taken."""
+    """Bytes read, seconds taken, and on a GPU how many bytes came which way (see paths.Way)."""
 
     bytes: int
     seconds: float
+    by_way: Mapping[str, int] = field(default_factory=dict)
 
 
 class Weights:
@@ -76,7 +81,7 @@ class Weights:
         for slot in slots:
             slot.offset = aligned(nbytes)
             nbytes = slot.offset + slot.nbytes
-        extents = chunked(extent for slot in slots for extent in extents_of(slot, checkpoint))
+        extents = [extent for slot in slots for extent in extents_of(slot, checkpoint)]
         return cls(checkpoint, open_slab(nbytes, device, account), slots, extents)
 
     @property
@@ -88,14 +93,17 @@ class Weights:
         self,
         image_fd: int | None = None,
         *,
-        threads: int = 2,
+        threads: int | None = None,
+        ways: Collection[Way] = EVERY_WAY,
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
         verify: Manifest | None = None,
     ) -> LoadStats:
         """Fill the module's tensors, from the source image where one is given, else from the shards.
 
-        With `verify`, the checkpoint's manifest, every byte is checked on the way in.
+        On a GPU the image's pages are registered with the driver, and stay so until `registered.IMAGES.detach`, which
+        is to be called before the descriptor is closed. `ways` are those that bytes may take there. With `verify`, the
+        checkpoint's manifest, every byte is checked on the way in. `threads`: None for what the machine has.
 
         Raises ReadError, DigestMismatch, Cancelled, DeviceOutOfMemory, TimeoutError; after an error nothing is held on
         the device.
@@ -106,18 +114,10 @@ class Weights:
             undo.callback(self._slab.release)
             if not self._placed:
                 self._place()
-            source = Source(self._checkpoint, image_fd)
-            nbytes = read(
-                self._extents,
-                source,
-                self._slab.lane,
-                threads=threads,
-                progress=progress,
-                cancel=cancel,
-                verify=verify.verifier(self._checkpoint) if verify is not None else None,
-            )
+            options = Options(threads, ways, progress, cancel, verify)
+            filled = fill(self._extents, self._checkpoint, self._slab, options, image_fd)
             undo.pop_all()
-        return LoadStats(nbytes, time.perf_counter() - begin)
+        return LoadStats(filled.nbytes, time.perf_counter() - begin, filled.by_way)
 
     def release(self) -> int:
         """Give the memory back; the bytes given back. The module's tensors stay, their contents are undefined."""
@@ -137,3 +137,25 @@ class Weights:
                 else:
                     module._buffers[leaf] = view
         self._placed = True
+
+
+def load_into(
+    module: nn.Module,
+    path_or_hub_id: str | Path,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype | None = None,
+    sources: Mapping[str, Sequence[Piece]] | None = None,
+    ignore: Collection[str] = (),
+    threads: int | None = None,
+    progress: Progress | None = None,
+    cancel: threading.Event | None = None,
+) -> Weights:
+    """Fill a module made on the meta device from a checkpoint; see `Weights.bind` and `Weights.load`.
+
+    The module's tensors lie in the memory of the Weights returned: keep it to release and load them again.
+    """
+    checkpoint = Checkpoint.open(resolve(path_or_hub_id))
+    weights = Weights.bind(module, checkpoint, device=torch.device(device), dtype=dtype, sources=sources, ignore=ignore)
+    weights.load(threads=threads, progress=progress, cancel=cancel)
+    return weights

@@ -31,7 +31,8 @@ class ResidentWeights:
     ) -> None:
         self.module = model.module
         self._checkpoint = checkpoint
-        self._threads = spec.threads
+        # On the CPU its cores are the model's; on a GPU they have nothing better to do than to load.
+        self._threads = spec.threads if device.type == "cpu" else None
         self._cancel = threading.Event()
         self._weights = Weights.bind(
             model.module, checkpoint, device=device, sources=model.sources, ignore=model.ignored, account=account

@@ -15,6 +15,7 @@ import structlog
 
 from mball.device.proc import private_bytes
 from mball.errors import TransitionError
+from mball.loader.registered import IMAGES
 from mball.memory.control import Channel, ChannelClosed, Handler, Message
 from mball.server.engine.api import GenerateRequest, Output, SamplingParams
 from mball.server.worker.service import Service
@@ -58,6 +59,7 @@ class Verbs:
     def close(self) -> None:
         """Idempotent."""
         if self._image_fd is not None:
+            IMAGES.detach(self._image_fd)
             os.close(self._image_fd)
             self._image_fd = None
 
@@ -101,7 +103,7 @@ class Verbs:
                 case state:
                     raise TransitionError(f"image: its state is 'empty' or 'ready', not {state!r}")
             async with self._moving:
-                self.close()
+                await in_thread(self.close)
                 self._image_fd = os.dup(fd)
             return {"bytes": filled, "fill_s": time.perf_counter() - began}
         finally:
@@ -110,7 +112,7 @@ class Verbs:
     async def _drop_image(self, message: Message, fd: int | None) -> Message:
         _no_descriptor(fd)
         async with self._moving:
-            self.close()
+            await in_thread(self.close)
         return {}
 
     async def _canary(self, message: Message, fd: int | None) -> Message:

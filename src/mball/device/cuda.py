@@ -1,0 +1,121 @@
+"""What the loader wants of a GPU's runtime: registered host memory and copies that are not waited for."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mball.device.host import node_cpus
+from mball.errors import RegistrationFailed
+from mball.units import format_bytes
+
+_PORTABLE = 1
+_READ_ONLY = 8
+
+
+class Mark(Protocol):
+    """A point in a stream of copies."""
+
+    def wait(self) -> None:
+        """Until every copy before it has arrived."""
+
+
+class Stream(Protocol):
+    """Copies to one device in order. Used by many threads, each of which calls `enter` first."""
+
+    def enter(self) -> None: ...
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Begin to copy, cast where the dtypes differ. The source must stay as it is until a later mark is past."""
+
+    def mark(self, again: Mark | None = None) -> Mark:
+        """A mark behind every copy so far; `again`, one of this runtime's that is past, is used again."""
+
+    def finish(self) -> None:
+        """Until every copy has arrived."""
+
+
+class Runtime(Protocol):
+    def register(self, address: int, nbytes: int, *, read_only: bool = False) -> None:
+        """Let the device read host memory directly; whole pages. Raises RegistrationFailed."""
+
+    def unregister(self, address: int) -> None:
+        """Of memory registered at this address, that no copy reads any more."""
+
+    def stream(self) -> Stream: ...
+
+    def cpus(self) -> frozenset[int]:
+        """The cores on the device's NUMA node; none where it does not matter."""
+
+
+class CudaRuntime:
+    """Of one GPU, through torch."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def register(self, address: int, nbytes: int, *, read_only: bool = False) -> None:
+        flags = _PORTABLE | (_READ_ONLY if read_only else 0)
+        failed = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, flags))  # type: ignore[no-untyped-call]
+        if failed:
+            self._forget_error()
+            raise RegistrationFailed(
+                f"{self._device}: {format_bytes(nbytes)} of host memory can't be registered (CUDA error {failed})"
+            )
+
+    def unregister(self, address: int) -> None:
+        if int(torch.cuda.cudart().cudaHostUnregister(address)):  # type: ignore[no-untyped-call]
+            self._forget_error()
+
+    def stream(self) -> Stream:
+        return CudaStream(self._device)
+
+    def cpus(self) -> frozenset[int]:
+        found: Any = torch.cuda.get_device_properties(self._device)
+        try:
+            address = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+        except AttributeError:
+            # A torch that does not tell.
+            return frozenset()
+        return node_cpus(address)
+
+    def _forget_error(self) -> None:
+        # The runtime keeps a failed call's error for the thread, and the next kernel launch would report it.
+        try:
+            torch.zeros(1, device=self._device)
+        except RuntimeError:
+            return
+
+
+class CudaStream:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # The destination's memory may still be in use by work queued before.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def enter(self) -> None:
+        torch.cuda.set_device(self._device)
+        torch.cuda.set_stream(self._stream)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
+
+    def mark(self, again: Mark | None = None) -> Mark:
+        mark = again if isinstance(again, CudaMark) else CudaMark()
+        mark.event.record(self._stream)
+        return mark
+
+    def finish(self) -> None:
+        self._stream.synchronize()
+
+
+class CudaMark:
+    def __init__(self) -> None:
+        # Blocking: a thread that waits leaves its core to those that read.
+        self.event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        self.event.synchronize()

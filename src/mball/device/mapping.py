@@ -1,0 +1,69 @@
+"""Memory mapped by hand: its addresses can be registered with a GPU's driver, and no call here holds the GIL."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from typing import Any
+
+from mball.device import libc
+
+_MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+class Mapping:
+    """Anonymous private memory, or the pages of a file read-only (`fd`, which may be closed afterwards).
+
+    `buffer` exports the bytes to torch and memoryview without a copy and without owning them: after `close` its memory
+    must not be touched any more, and what a file's mapping exports must never be written.
+    """
+
+    def __init__(self, nbytes: int, fd: int | None = None) -> None:
+        """Address space only. Raises OSError."""
+        self.nbytes = nbytes
+        self._of_file = fd is not None
+        protection = mmap.PROT_READ if fd is not None else mmap.PROT_READ | mmap.PROT_WRITE
+        flags = mmap.MAP_SHARED if fd is not None else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        address = libc.LIBC.mmap(None, max(nbytes, 1), protection, flags, -1 if fd is None else fd, 0)
+        if address is None or address == _MAP_FAILED:
+            raise libc.error("mmap")
+        self.address = int(address)
+        if fd is None:
+            # Only a hint: without it the memory is there all the same.
+            libc.LIBC.madvise(self.address, nbytes, mmap.MADV_HUGEPAGE)
+
+    @property
+    def buffer(self) -> ctypes.Array[Any]:
+        return (ctypes.c_ubyte * self.nbytes).from_address(self.address)
+
+    def populate(self, offset: int, nbytes: int) -> None:
+        """Have pages behind these bytes (`offset` a multiple of a page) before they are touched.
+
+        Raises OSError: ENOMEM where there is no memory, EFAULT where the file ends before, EIO. A kernel older than
+        5.14 can't, and does it at the first touch.
+        """
+        advice = _MADV_POPULATE_READ if self._of_file else _MADV_POPULATE_WRITE
+        if libc.LIBC.madvise(self.address + offset, nbytes, advice) != 0:
+            failed = libc.error("madvise")
+            if failed.errno != libc.EINVAL:
+                raise failed
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self.address:
+            libc.LIBC.munmap(self.address, max(self.nbytes, 1))
+            self.address = 0
+
+
+def pages(start: int, nbytes: int) -> tuple[int, int]:
+    """The whole pages that bytes [start, start + nbytes) lie in, as (start, nbytes)."""
+    begin = start // mmap.PAGESIZE * mmap.PAGESIZE
+    return begin, -(-(start + nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE - begin
+
+
+def map_file(fd: int) -> Mapping:
+    """All of an open file, read-only. Raises OSError."""
+    return Mapping(os.fstat(fd).st_size, fd)

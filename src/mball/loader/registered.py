@@ -1,0 +1,95 @@
+"""Images registered with a GPU's driver: once per process, piece by piece, and kept until they are let go of."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from mball.device.cuda import Runtime
+from mball.device.mapping import Mapping, map_file
+from mball.errors import RegistrationFailed
+from mball.units import MiB
+
+PIECE_BYTES = 64 * MiB
+"""Of an image, registered together. No copy may cross from one to the next."""
+
+
+class RegisteredImage:
+    """An image's pages, read-only. Used by many threads."""
+
+    def __init__(self, image_fd: int, runtime: Runtime) -> None:
+        """Raises OSError."""
+        self._runtime = runtime
+        self._mapping: Mapping = map_file(image_fd)
+        pieces = -(-self._mapping.nbytes // PIECE_BYTES)
+        self._locks = [threading.Lock() for _ in range(pieces)]
+        self._registered = [False] * pieces
+        self._refused: RegistrationFailed | None = None
+
+    def pin(self, position: int) -> int:
+        """The address of a byte of the image, whose piece is registered. Raises OSError, RegistrationFailed."""
+        piece = position // PIECE_BYTES
+        if not self._registered[piece]:
+            with self._locks[piece]:
+                if not self._registered[piece]:
+                    self._register(piece)
+        return self._mapping.address + position
+
+    @property
+    def registered_bytes(self) -> int:
+        whole = sum(self._registered) * PIECE_BYTES
+        last = len(self._registered) * PIECE_BYTES - self._mapping.nbytes
+        return whole - last if self._registered and self._registered[-1] else whole
+
+    def close(self) -> None:
+        """Let go of the pages; no copy may be under way. Idempotent."""
+        for piece, registered in enumerate(self._registered):
+            if registered:
+                self._runtime.unregister(self._mapping.address + piece * PIECE_BYTES)
+        self._registered = [False] * len(self._registered)
+        self._mapping.close()
+
+    def _register(self, piece: int) -> None:
+        if self._refused is not None:
+            raise self._refused
+        begin = piece * PIECE_BYTES
+        nbytes = min(PIECE_BYTES, self._mapping.nbytes - begin)
+        self._mapping.populate(begin, nbytes)
+        try:
+            self._runtime.register(self._mapping.address + begin, nbytes, read_only=True)
+        except RegistrationFailed as error:
+            self._refused = error
+            raise
+        self._registered[piece] = True
+
+
+class Images:
+    """The registered images of a process, by the file they are: descriptors of one image are one entry."""
+
+    def __init__(self) -> None:
+        self._images: dict[tuple[int, int], RegisteredImage] = {}
+        self._lock = threading.Lock()
+
+    def attach(self, image_fd: int, runtime: Runtime) -> RegisteredImage:
+        """Raises OSError where it can't be mapped."""
+        with self._lock:
+            key = _key(image_fd)
+            if key not in self._images:
+                self._images[key] = RegisteredImage(image_fd, runtime)
+            return self._images[key]
+
+    def detach(self, image_fd: int) -> None:
+        """Let go of an image before its descriptor is closed; nothing where it was never attached."""
+        with self._lock:
+            image = self._images.pop(_key(image_fd), None)
+        if image is not None:
+            image.close()
+
+
+def _key(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+IMAGES = Images()
+"""This process's."""

@@ -1,0 +1,188 @@
+"""A checkpoint's opened bytes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+from mball.device.mapping import Mapping, map_file
+from mball.device.residency import resident_share
+from mball.errors import ReadError
+from mball.loader.checkpoint import Checkpoint
+from mball.loader.plan import Extent
+
+ALIGN_BYTES = 4096
+"""Direct reads begin and end at multiples of this, in the file and in memory."""
+
+
+class Source:
+    """A checkpoint's shards, or its image where `image_fd` is given (not closed here)."""
+
+    def __init__(self, checkpoint: Checkpoint, image_fd: int | None = None) -> None:
+        self._checkpoint = checkpoint
+        self._image_fd = image_fd
+        self._fds: list[int] = []
+        self._direct: dict[int, int | None] = {}
+        self._mappings: dict[int, Mapping] = {}
+        self._lock = threading.Lock()
+        try:
+            if image_fd is not None:
+                _check_size(image_fd, checkpoint.image_bytes, "its image", checkpoint.path)
+            else:
+                for shard in checkpoint.shards:
+                    self._fds.append(_open(shard.path))
+                    _check_size(self._fds[-1], shard.size_bytes, "the file", shard.path)
+        except ReadError:
+            self.close()
+            raise
+
+    @property
+    def image_fd(self) -> int | None:
+        return self._image_fd
+
+    @property
+    def shifts(self) -> list[int]:
+        """By shard: what to add to a byte of its file to have the byte of what is read."""
+        if self._image_fd is None:
+            return [0] * len(self._checkpoint.shards)
+        return [shard.image_offset - shard.data_start for shard in self._checkpoint.shards]
+
+    def read_into(self, buffer: memoryview, shard: int, start: int) -> None:
+        """Fill the buffer from byte `start` of a shard's file. Raises ReadError, naming the file and the tensor."""
+        at = 0
+        while at < len(buffer):
+            try:
+                count = self._read(buffer[at:], shard, start + at)
+            except OSError as error:
+                raise self._failed(error, shard, start + at) from error
+            if count == 0:
+                raise self._short(shard, start + at, len(buffer) - at)
+            at += count
+
+    def read_extent(self, buffer: memoryview, extent: Extent) -> None:
+        """As `read_into`, of an extent whose bytes may lie in runs."""
+        if extent.runs is None:
+            self.read_into(buffer, extent.shard, extent.start)
+            return
+        run_bytes, start = extent.runs.run_bytes, extent.start
+        for at in range(0, extent.nbytes, run_bytes):
+            self.read_into(buffer[at : at + run_bytes], extent.shard, start)
+            start += extent.runs.stride_bytes
+
+    def read_direct(self, buffer: memoryview, shard: int, start: int, nbytes: int) -> int | None:
+        """Read past the page cache; where in the buffer byte `start` is, or None where the file system refuses.
+
+        `buffer` is aligned to ALIGN_BYTES and has room for the whole blocks that the bytes lie in. Raises ReadError.
+        """
+        fd = self._direct_fd(shard)
+        if fd is None:
+            return None
+        begin = start // ALIGN_BYTES * ALIGN_BYTES
+        wanted = start + nbytes - begin
+        room = -(-wanted // ALIGN_BYTES) * ALIGN_BYTES
+        at = 0
+        while at < wanted:
+            try:
+                count = os.preadv(fd, [buffer[at:room]], begin + at)
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    self._refuse_direct(shard)
+                    return None
+                raise self._failed(error, shard, max(start, begin + at)) from error
+            if count < ALIGN_BYTES and at + count < wanted:
+                raise self._short(shard, max(start, begin + at + count), wanted - at - count)
+            # After a short read the next begins at a whole block again.
+            at += count if at + count >= wanted else count // ALIGN_BYTES * ALIGN_BYTES
+        return start - begin
+
+    def resident_share(self, shard: int, start: int, nbytes: int) -> float | None:
+        """Of these bytes of a shard's file; an image is all there. None where the system won't say."""
+        if self._image_fd is not None:
+            return 1.0
+        try:
+            return resident_share(self._fds[shard], start, nbytes)
+        except OSError as error:
+            raise self._failed(error, shard, start) from error
+
+    def drop(self, shard: int, start: int, nbytes: int) -> None:
+        """Let the page cache forget these bytes of a shard's file."""
+        if self._image_fd is None:
+            os.posix_fadvise(self._fds[shard], start, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def mapping(self, shard: int) -> Mapping:
+        """All of a shard's file, read-only, until `close`. Raises OSError."""
+        with self._lock:
+            if shard not in self._mappings:
+                self._mappings[shard] = map_file(self._fds[shard])
+            return self._mappings[shard]
+
+    def whole(self, shard: int) -> bool:
+        """Whether the shard's file still has its size: what a mapping shows past a file's end is no error there."""
+        return os.fstat(self._fds[shard]).st_size == self._checkpoint.shards[shard].size_bytes
+
+    def close(self) -> None:
+        for mapping in self._mappings.values():
+            mapping.close()
+        self._mappings.clear()
+        for fd in self._direct.values():
+            if fd is not None:
+                os.close(fd)
+        self._direct.clear()
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def _read(self, buffer: memoryview, shard: int, start: int) -> int:
+        if self._image_fd is None:
+            return os.preadv(self._fds[shard], [buffer], start)
+        place = self._checkpoint.shards[shard]
+        return os.preadv(self._image_fd, [buffer], place.image_offset + start - place.data_start)
+
+    def _direct_fd(self, shard: int) -> int | None:
+        with self._lock:
+            if shard not in self._direct:
+                self._direct[shard] = None if self._image_fd is not None else _open_direct(self._fds[shard])
+            return self._direct[shard]
+
+    def _refuse_direct(self, shard: int) -> None:
+        """The descriptor stays open to the end: others may be reading through it."""
+        with self._lock:
+            fd = self._direct[shard]
+            self._direct[shard] = None
+            if fd is not None:
+                self._fds.append(fd)
+
+    def _failed(self, error: OSError, shard: int, at: int) -> ReadError:
+        return self._error(f"reading at byte {at} failed: {error.strerror}", shard, at)
+
+    def _short(self, shard: int, at: int, missing_bytes: int) -> ReadError:
+        return self._error(
+            f"ends at byte {at}, {missing_bytes} more were wanted: it shrank while it was read", shard, at
+        )
+
+    def _error(self, message: str, shard: int, at: int) -> ReadError:
+        return ReadError(
+            message, file=str(self._checkpoint.shards[shard].path), tensor=self._checkpoint.tensor_at(shard, at)
+        )
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ReadError(f"cannot be opened: {error.strerror}", file=str(path)) from error
+
+
+def _open_direct(fd: int) -> int | None:
+    """The very file that `fd` is of, whatever its name stands for by now."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return None
+
+
+def _check_size(fd: int, size_bytes: int, what: str, path: Path) -> None:
+    found = os.fstat(fd).st_size
+    if found != size_bytes:
+        raise ReadError(f"{what} has {found} bytes, not the {size_bytes} that its header describes", file=str(path))
