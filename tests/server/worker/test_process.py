@@ -122,8 +122,7 @@ async def test_a_life(spec: WorkerSpec, tmp_path: Path) -> None:
         assert (await worker.call("canary"))["ok"] is True
         first = await chat(worker)
         assert first.status_code == 200, first.text
-        status = await worker.call("status")
-        assert (status["resident"], status["in_flight"], status["running"]) == (True, 0, 0)
+        await worker.until_status(lambda s: (s["resident"], s["in_flight"], s["running"]) == (True, 0, 0))
 
         demoted = await worker.call("demote", epoch=1)
         assert demoted["released_bytes"] == promoted["weights_bytes"] + promoted["kv_bytes"]

@@ -139,6 +139,9 @@ async def _serve(
     manager = asyncio.create_task(answer_manager, name="control")
     stop = asyncio.create_task(stopping.wait(), name="stop")
     await asyncio.wait({http, manager, stop}, return_when=asyncio.FIRST_COMPLETED)
+    for part in (http, manager):
+        if part.done() and (error := part.exception()) is not None:
+            _log.error("broken", model=service.spec.model, part=part.get_name(), exc_info=error)
     _bound_the_exit()
     _log.info("stopping", model=service.spec.model, asked=stopping.is_set())
     _remove(service.spec.socket_path)
@@ -150,8 +153,8 @@ async def _serve(
         task.cancel()
     await asyncio.wait({manager, stop})
     await in_thread(service.engine.close)
-    for task in (http, manager):
-        if not task.cancelled() and (error := task.exception()) is not None:
+    for part in (http, manager):
+        if not part.cancelled() and (error := part.exception()) is not None:
             raise error
 
 
