@@ -276,3 +276,16 @@ def test_one_buffer_of_a_mebibyte_holds_every_chunk(machine: Machine) -> None:
     machine.profile = Profile(cores=1, threads=1, buffer_bytes=MiB, buffers=1)
     for ways in ({Way.RING}, {Way.DIRECT}):
         machine.check(machine.fill(Options(ways=ways))[1])
+
+
+@pytest.mark.parametrize("ways", [EVERY_WAY, {Way.DIRECT}])
+@pytest.mark.parametrize("profile", [PROFILE, FEW])
+def test_an_image_is_filled_in_the_same_pass(machine: Machine, profile: Profile, ways: set[Way]) -> None:
+    machine.profile = profile
+    fd = image.create("test", machine.checkpoint.image_bytes)
+    filled, memory = machine.fill(Options(ways=ways, fill_image_fd=fd))
+    machine.check(memory)
+    assert "mapped" not in filled.by_way
+    machine.check(machine.fill(image_fd=fd)[1])
+    machine.images.detach(fd)
+    os.close(fd)

@@ -273,3 +273,18 @@ def test_a_device_without_room(checkpoint: Checkpoint) -> None:
 def test_errors_name_the_checkpoint(checkpoint: Checkpoint) -> None:
     with pytest.raises(CheckpointError, match=str(checkpoint.path)):
         Weights.bind(nn.Linear(1, 1), checkpoint, device=CPU)
+
+
+def test_an_image_is_filled_while_loading_and_is_whole(tmp_path: Path, reference: Net) -> None:
+    extra = state(reference) | {"a.unused": torch.arange(1000), "z.unused": torch.arange(77)}
+    save_file(extra, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    net = meta()
+    weights = Weights.bind(net, checkpoint, device=CPU, dtype=torch.bfloat16, ignore={"a.unused", "z.unused"})
+    filled, copied = (image.create("test", checkpoint.image_bytes) for _ in range(2))
+    weights.load(fill_image_fd=filled)
+    image.fill(checkpoint, copied)
+    assert os.pread(filled, checkpoint.image_bytes, 0) == os.pread(copied, checkpoint.image_bytes, 0)
+    assert torch.equal(net.up.weight, reference.up.weight.bfloat16())
+    os.close(filled)
+    os.close(copied)

@@ -86,6 +86,11 @@ class Checkpoint:
         nbytes = sum(tensor.nbytes for tensor in tensors.values())
         return cls(path, tuple(shards), tensors, nbytes, image_bytes)
 
+    @property
+    def image_shifts(self) -> list[int]:
+        """By shard: what to add to a byte of its file to have the byte of the image."""
+        return [shard.image_offset - shard.data_start for shard in self.shards]
+
     def tensor_at(self, shard: int, at: int) -> str | None:
         """The tensor that byte `at` of a shard's file belongs to."""
         return next(

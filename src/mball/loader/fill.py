@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from mball.device.cuda import CudaRuntime, Runtime
 from mball.device.host import host_threads
 from mball.loader.checkpoint import Checkpoint
-from mball.loader.lanes import HostLane
+from mball.loader.lanes import FileLane, HostLane, Lane, TeeLane, write_all
 from mball.loader.manifest import Manifest
 from mball.loader.paths import EVERY_WAY, Way
-from mball.loader.plan import Extent, chunked
+from mball.loader.plan import Extent, chunked, uncovered
 from mball.loader.reader import read
 from mball.loader.slab import Slab
 from mball.loader.source import Source
@@ -27,6 +29,7 @@ class Options:
 
     `threads`: None for what the machine has. `ways`: those that a GPU's bytes may take (see paths.Way), to try or
     measure one alone. `verify`: a manifest, whose digests every byte is checked against; then the way is the ring.
+    `fill_image_fd`: an empty image, which is filled with what is read on the way, and is whole after a load.
     """
 
     threads: int | None = None
@@ -34,6 +37,7 @@ class Options:
     progress: Progress | None = None
     cancel: threading.Event | None = None
     verify: Manifest | None = None
+    fill_image_fd: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +58,22 @@ def fill(
     source = Source(checkpoint, image_fd)
     memory = slab.memory()
     if memory.device.type == "cuda":
-        return through(CudaRuntime(memory.device), extents, checkpoint, slab, options, source)
+        filled = through(CudaRuntime(memory.device), extents, checkpoint, slab, options, source)
+    else:
+        filled = _on_the_host(extents, checkpoint, memory, options, source)
+    if options.fill_image_fd is not None:
+        _complete(extents, checkpoint, options.fill_image_fd, options)
+    return filled
+
+
+def _on_the_host(
+    extents: Sequence[Extent], checkpoint: Checkpoint, memory: Tensor, options: Options, source: Source
+) -> Filled:
     threads = options.threads if options.threads is not None else host_threads()
     nbytes = read(
         chunked(extents),
         source,
-        lambda: HostLane(memory),
+        lambda: _teed(HostLane(memory), checkpoint, options),
         threads=threads,
         progress=options.progress,
         cancel=options.cancel,
@@ -80,7 +94,14 @@ def through(
     chosen = profile(options.threads)
     total_bytes = sum(extent.nbytes for extent in extents)
     transfer = Transfer(
-        slab.memory(), source, runtime, chosen, total_bytes=total_bytes, ways=options.ways, cpus=runtime.cpus()
+        slab.memory(),
+        source,
+        runtime,
+        chosen,
+        total_bytes=total_bytes,
+        ways=options.ways,
+        cpus=runtime.cpus(),
+        tee=_tee(checkpoint, options.fill_image_fd),
     )
 
     def idle() -> None:
@@ -91,7 +112,7 @@ def through(
         read(
             chunked(extents, chosen.buffer_bytes),
             source,
-            lambda: RingLane(transfer),
+            lambda: _teed(RingLane(transfer), checkpoint, options),
             threads=chosen.threads,
             progress=options.progress,
             cancel=options.cancel,
@@ -109,3 +130,33 @@ def through(
             when_idle=idle,
         )
     return Filled(total_bytes, transfer.bytes_by_way)
+
+
+def _teed(lane: Lane, checkpoint: Checkpoint, options: Options) -> Lane:
+    return lane if options.fill_image_fd is None else TeeLane(lane, options.fill_image_fd, checkpoint.image_shifts)
+
+
+def _tee(checkpoint: Checkpoint, image_fd: int | None) -> Callable[[int, int, memoryview], None] | None:
+    if image_fd is None:
+        return None
+    shifts = checkpoint.image_shifts
+    return lambda shard, start, content: write_all(image_fd, content, start + shifts[shard])
+
+
+def _complete(extents: Sequence[Extent], checkpoint: Checkpoint, image_fd: int, options: Options) -> None:
+    """An image is whole shards: what the load had no use for is read for the image alone."""
+    missing = [
+        Extent(number, start, nbytes, start + shard.image_offset - shard.data_start)
+        for number, shard in enumerate(checkpoint.shards)
+        for start, nbytes in uncovered(
+            (extent for extent in extents if extent.shard == number), shard.data_start, shard.size_bytes
+        )
+    ]
+    if missing:
+        read(
+            chunked(missing),
+            Source(checkpoint),
+            lambda: FileLane(image_fd),
+            threads=host_threads(),
+            cancel=options.cancel,
+        )

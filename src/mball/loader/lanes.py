@@ -6,6 +6,7 @@ A lane says which memory an extent is read into, and is told when it is there.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -60,12 +61,39 @@ class FileLane:
         return self._scratch[: extent.nbytes]
 
     def commit(self, extent: Extent) -> None:
-        written = 0
-        while written < extent.nbytes:
-            written += os.pwrite(self._fd, self._scratch[written : extent.nbytes], extent.offset + written)
+        write_all(self._fd, self._scratch[: extent.nbytes], extent.offset)
 
     def finish(self) -> None:
         pass
+
+
+class TeeLane:
+    """Another lane, and what goes through it is written into an image on the way. `shifts` are, by shard, what to add
+    to a byte of its file to have the image's."""
+
+    def __init__(self, lane: Lane, image_fd: int, shifts: Sequence[int]) -> None:
+        self._lane = lane
+        self._fd = image_fd
+        self._shifts = shifts
+        self._buffer = memoryview(b"")
+
+    def buffer(self, extent: Extent) -> memoryview:
+        self._buffer = self._lane.buffer(extent)
+        return self._buffer
+
+    def commit(self, extent: Extent) -> None:
+        write_all(self._fd, self._buffer[: extent.nbytes], extent.start + self._shifts[extent.shard])
+        self._lane.commit(extent)
+
+    def finish(self) -> None:
+        self._lane.finish()
+
+
+def write_all(fd: int, content: memoryview, at: int) -> None:
+    """Raises OSError."""
+    written = 0
+    while written < len(content):
+        written += os.pwrite(fd, content[written:], at + written)
 
 
 def _put(extent: Extent, buffer: Tensor, base: Tensor) -> None:

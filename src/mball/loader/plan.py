@@ -125,7 +125,24 @@ def _joins(group: list[Extent], part: Extent, chunk_bytes: int, shift: int) -> b
 
 
 def _chunk(group: list[Extent]) -> Chunk:
-    return Chunk(group[0].shard, group[0].start, sum(extent.nbytes for extent in group), tuple(group))
+    joined: list[Extent] = []
+    for extent in group:
+        if joined and _continues(joined[-1], extent):
+            last = joined.pop()
+            extent = replace(last, nbytes=last.nbytes + extent.nbytes)
+        joined.append(extent)
+    return Chunk(group[0].shard, group[0].start, sum(extent.nbytes for extent in group), tuple(joined))
+
+
+def uncovered(extents: Iterable[Extent], begin: int, end: int) -> list[tuple[int, int]]:
+    """The parts of bytes [begin, end) of a shard's file that none of its extents reads, as (start, nbytes)."""
+    gaps: list[tuple[int, int]] = []
+    at = begin
+    for extent in sorted(extents, key=lambda extent: extent.start):
+        if extent.start > at:
+            gaps.append((at, extent.start - at))
+        at = max(at, extent.start + extent.nbytes)
+    return [*gaps, (at, end - at)] if at < end else gaps
 
 
 def _plain(extent: Extent) -> bool:

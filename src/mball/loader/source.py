@@ -47,7 +47,7 @@ class Source:
         """By shard: what to add to a byte of its file to have the byte of what is read."""
         if self._image_fd is None:
             return [0] * len(self._checkpoint.shards)
-        return [shard.image_offset - shard.data_start for shard in self._checkpoint.shards]
+        return self._checkpoint.image_shifts
 
     def read_into(self, buffer: memoryview, shard: int, start: int) -> None:
         """Fill the buffer from byte `start` of a shard's file. Raises ReadError, naming the file and the tensor."""

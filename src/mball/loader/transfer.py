@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -35,8 +35,12 @@ class Transfer:
         total_bytes: int,
         ways: Collection[Way] = EVERY_WAY,
         cpus: frozenset[int] = frozenset(),
+        tee: Callable[[int, int, memoryview], None] | None = None,
     ) -> None:
-        """`memory` is the destination, one byte an element; threads stay on `cpus` where there are any."""
+        """`memory` is the destination, one byte an element; threads stay on `cpus` where there are any.
+
+        `tee` is given all that is read: a shard, the first byte in its file, the bytes. Then nothing is mapped.
+        """
         self.memory = memory
         self.source = source
         self.runtime = runtime
@@ -44,10 +48,11 @@ class Transfer:
         self.cpus = cpus
         self.stream = runtime.stream()
         self.image = self._attach() if Way.MAPPED in ways else None
+        self.tee = tee
         self._ways = frozenset(ways)
         self._total_bytes = total_bytes
         self._tight = total_bytes > host.available_bytes()
-        self._mappable = self.image is not None if source.image_fd is not None else True
+        self._mappable = tee is None and (source.image_fd is None or self.image is not None)
         self._direct = source.image_fd is None
         self._ring_key = f"{type(runtime).__name__} {memory.device}"
         self._ring: Ring | None = None
@@ -178,6 +183,8 @@ class CudaLane:
                     source.read_into(buffer.memory[: part.nbytes], part.shard, part.start)
                 else:
                     source.read_extent(buffer.memory[: part.nbytes], part.extents[0])
+            if self._transfer.tee is not None:
+                self._transfer.tee(part.shard, part.start, buffer.memory[head : head + part.nbytes])
             self._transfer.put(part.extents, buffer.tensor[head : head + part.nbytes])
             buffer.mark = self._stream.mark(buffer.mark)
         finally:

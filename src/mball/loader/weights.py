@@ -98,12 +98,14 @@ class Weights:
         progress: Progress | None = None,
         cancel: threading.Event | None = None,
         verify: Manifest | None = None,
+        fill_image_fd: int | None = None,
     ) -> LoadStats:
         """Fill the module's tensors, from the source image where one is given, else from the shards.
 
         On a GPU the image's pages are registered with the driver, and stay so until `registered.IMAGES.detach`, which
         is to be called before the descriptor is closed. `ways` are those that bytes may take there. With `verify`, the
-        checkpoint's manifest, every byte is checked on the way in. `threads`: None for what the machine has.
+        checkpoint's manifest, every byte is checked on the way in. `fill_image_fd` is an empty image that is filled on
+        the way: disk, image and device in one pass. `threads`: None for what the machine has.
 
         Raises ReadError, DigestMismatch, Cancelled, DeviceOutOfMemory, TimeoutError; after an error nothing is held on
         the device.
@@ -114,7 +116,7 @@ class Weights:
             undo.callback(self._slab.release)
             if not self._placed:
                 self._place()
-            options = Options(threads, ways, progress, cancel, verify)
+            options = Options(threads, ways, progress, cancel, verify, fill_image_fd)
             filled = fill(self._extents, self._checkpoint, self._slab, options, image_fd)
             undo.pop_all()
         return LoadStats(filled.nbytes, time.perf_counter() - begin, filled.by_way)
