@@ -5,76 +5,141 @@ from pathlib import Path
 import pytest
 
 from mball.bench import runner
-from mball.bench.runner import Contender, difference, run
+from mball.bench.contenders import Cannot
+from mball.bench.runner import Contender, Outcome, difference, rotated, run
+
+REFERENCE = {"x": "1", "y": "2"}
+BEGIN = "import json, sys; print('a library says hello'); print('ready', flush=True); go = json.loads(input());"
 
 
-def says(*results: object, log: Path | None = None, name: str = "") -> list[str]:
-    """A command that notes its turn and prints a result."""
-    note = f"open({str(log)!r}, 'a').write({name!r} + '\\n');" if log else ""
-    return [sys.executable, "-c", f"{note}print('noise'); print({json.dumps(json.dumps(results[0]))})"]
+def says(result: object, log: Path | None = None, name: str = "") -> list[str]:
+    """A command that notes its turn and what it was told, and prints a result."""
+    note = f"open({str(log)!r}, 'a').write({name!r} + ' ' + str(go['digest']) + '\\n');" if log else ""
+    return [sys.executable, "-c", f"{BEGIN}{note}print('noise'); print({json.dumps(json.dumps(result))})"]
 
 
-def fails(text: str) -> list[str]:
-    return [sys.executable, "-c", f"raise SystemExit({text!r})"]
+def gives(seconds: float, **digests: str) -> dict[str, object]:
+    return {"s": seconds, "digests": digests, "facts": {"seen": len(digests)}}
 
 
-def checked(**digests: str) -> list[str]:
-    return says({"digests": digests, "facts": {"seen": len(digests)}})
+def dies(text: str, *, early: bool = False) -> list[str]:
+    return [sys.executable, "-c", f"{'' if early else BEGIN}raise SystemExit({text!r})"]
 
 
 def test_rounds_in_turn_and_what_is_done_before_each(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    names = ("a", "b", "c")
-    contenders = [Contender(name, checked(x="1"), says({"s": 1.5}, log=log, name=name)) for name in names]
-    before: list[int] = []
-    outcomes = run(contenders, rounds=3, before_each=lambda: before.append(1))
+    before: list[str] = []
+    contenders = [
+        Contender(name, says(gives(1.5, x="1"), log, name), before=lambda name=name: before.append(name))
+        for name in ("a", "b", "c")
+    ]
+    seen: list[int] = []
+    outcomes = run(
+        contenders, reference=REFERENCE, rounds=3, after_round=lambda found: seen.append(len(found[0].rounds))
+    )
     assert [outcome.rounds for outcome in outcomes] == [[{"s": 1.5}] * 3] * 3
-    assert log.read_text().split() == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
-    assert len(before) == 3 + 9
+    turns = [line.split() for line in log.read_text().splitlines()]
+    assert [name for name, _ in turns] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+    assert [digest for _, digest in turns] == ["True"] * 3 + ["False"] * 6
+    assert before == [name for name, _ in turns]
+    assert seen == [1, 2, 3]
     assert outcomes[0].facts == {"seen": 1, "compared": 1}
 
 
-def test_a_wrong_result_is_not_timed(tmp_path: Path) -> None:
+def test_all_have_started_before_the_first_works(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    late = f"import time; time.sleep(0.5); open({str(started)!r}, 'w').close();"
+    sees = f"import os; print(json.dumps({{'there': os.path.exists({str(started)!r})}}))"
+    contenders = [
+        Contender("first", [sys.executable, "-c", BEGIN + sees], compared=False),
+        Contender("slow to start", [sys.executable, "-c", late + BEGIN + "print('{}')"], compared=False),
+    ]
+    assert run(contenders, reference={}, rounds=1)[0].rounds == [{"there": True}]
+
+
+def test_a_wrong_result_has_no_figures(tmp_path: Path) -> None:
     log = tmp_path / "log"
     outcomes = run(
         [
-            Contender("reference", checked(x="1", y="2"), says({"s": 1.0})),
-            Contender("wrong", checked(x="1", y="3"), says({"s": 0.1}, log=log, name="wrong")),
-            Contender("other", checked(z="1"), says({"s": 0.1}, log=log, name="other")),
-            Contender("part", checked(x="1"), says({"s": 2.0})),
+            Contender("right", says(gives(1.0, x="1", y="2"))),
+            Contender("wrong", says(gives(0.1, x="1", y="3"), log, "wrong")),
+            Contender("other", says(gives(0.1, z="1"))),
+            Contender("part", says(gives(2.0, x="1"))),
+            Contender("silent", says({"s": 0.1})),
+            Contender("hardware", says({"s": 0.1}), compared=False),
         ],
-        rounds=1,
+        reference=REFERENCE,
+        rounds=2,
     )
+    assert [len(outcome.rounds) for outcome in outcomes] == [2, 0, 0, 2, 0, 2]
     assert outcomes[1].not_run == "its result differs from the reference: y"
     assert outcomes[2].not_run == "its result has none of the names that the reference has"
-    assert not log.exists()
-    assert outcomes[3].rounds == [{"s": 2.0}]
+    assert outcomes[4].not_run == outcomes[2].not_run
+    assert log.read_text() == "wrong True\n"
     assert outcomes[3].facts["compared"] == 1
 
 
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
-        (fails("no memory left"), "ended with 1: no memory left"),
-        (says({"cannot": "it is not installed"}), "it is not installed"),
+        (dies("no memory left"), "ended with 1: no memory left"),
+        (dies("no memory left", early=True), "ended with 1: no memory left"),
+        (says({"cannot": "the disk is full"}), "the disk is full"),
+        ([sys.executable, "-c", 'print(\'{"cannot": "it is not installed"}\')'], "it is not installed"),
         (says([]), "printed no result"),
-        ([sys.executable, "-c", "print('x')"], "printed no result"),
+        ([sys.executable, "-c", f"{BEGIN}print('x')"], "printed no result"),
         ([sys.executable, "-c", ""], "printed no result"),
     ],
 )
 def test_what_cannot_run_says_why_and_the_others_go_on(command: list[str], reason: str) -> None:
-    good = Contender("good", checked(x="1"), says({"s": 1.0}))
-    outcomes = run([Contender("bad", command, command), good, Contender("late", good.check, command)], rounds=2)
+    good = says(gives(1.0, x="1"))
+    outcomes = run([Contender("bad", command), Contender("good", good)], reference=REFERENCE, rounds=2)
     assert outcomes[0].not_run == reason
     assert outcomes[0].rounds == []
     assert len(outcomes[1].rounds) == 2
-    assert outcomes[2].not_run == f"round 1: {reason}"
 
 
-def test_one_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "TIMEOUT_S", 0.2)
-    hangs = [sys.executable, "-c", "import threading; threading.Event().wait(60)"]
-    assert run([Contender("hangs", hangs, hangs)], rounds=1)[0].not_run == "took over 0 s"
+def test_a_later_failure_keeps_the_rounds_before(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    once = f"import os; seen = os.path.exists({str(mark)!r}); open({str(mark)!r}, 'w').close();"
+    command = [sys.executable, "-c", f"{BEGIN}{once}print('{{\"s\": 1.0}}' if not seen else 1 / 0)"]
+    (outcome,) = run([Contender("late", command, compared=False)], reference={}, rounds=3)
+    assert outcome == Outcome(
+        "late", rounds=[{"s": 1.0}], not_run="round 2: ended with 1: ZeroDivisionError: division by zero"
+    )
+
+
+def test_what_cannot_be_prepared_for_is_not_run() -> None:
+    def before() -> None:
+        raise Cannot("3 pages stay in the page cache")
+
+    (outcome,) = run([Contender("cold", says(gives(1.0, x="1")), before)], reference=REFERENCE, rounds=1)
+    assert outcome.not_run == "3 pages stay in the page cache"
+
+
+def test_one_whose_turns_took_the_limit_gets_no_further_one() -> None:
+    slow = [sys.executable, "-c", f"{BEGIN}import time; time.sleep(0.4); print('{{}}')"]
+    contenders = [Contender("slow", slow, compared=False), Contender("fast", says({}), compared=False)]
+    outcomes = run(contenders, reference={}, rounds=3, limit_s=0.4)
+    assert len(outcomes[0].rounds) == 1
+    assert outcomes[0].not_run is None
+    assert len(outcomes[1].rounds) > 1
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_one_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, early: bool) -> None:
+    monkeypatch.setattr(runner, "TIMEOUT_S", 0.3)
+    hangs = [sys.executable, "-c", f"{'' if early else BEGIN}import threading; threading.Event().wait(60)"]
+    (outcome,) = run([Contender("hangs", hangs)], reference={}, rounds=1)
+    assert outcome.not_run is not None
+    assert "took over 0 s" in outcome.not_run
+
+
+def test_rotation_gives_each_the_first_place_once() -> None:
+    items = ["a", "b", "c"]
+    assert [rotated(items, turn)[0] for turn in range(6)] == items * 2
+    assert all(sorted(rotated(items, turn)) == items for turn in range(6))
+    assert rotated([], 3) == []
 
 
 def test_difference() -> None:

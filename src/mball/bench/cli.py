@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from mball.errors import ConfigError
+
 app = typer.Typer(help="Measure this machine, MBALL and its peers.", no_args_is_help=True)
 
 
@@ -19,25 +21,66 @@ def _bench() -> None:
 @app.command()
 def load(
     model: Annotated[Path, typer.Argument(help="A model's folder, or one safetensors file.")],
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    state: Annotated[str, typer.Option(help="Where the weights are before: warm, image, cold; by commas.")] = "warm",
+    peers: Annotated[
+        str,
+        typer.Option(
+            help="Whom to measure beside MBALL, by commas: safetensors, transformers, and on a GPU fastsafetensors, "
+            "runai, instanttensor."
+        ),
+    ] = "safetensors,transformers",
+    cores: Annotated[str, typer.Option(help="Run on these cores alone, as 0,1.")] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Fresh processes per contender.")] = 5,
-    peers: Annotated[str, typer.Option(help="Whom to measure beside MBALL, by commas.")] = "safetensors,transformers",
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="MBALL's reader threads. Default: cores, at most 8.")
+    threads: Annotated[int | None, typer.Option(min=1, help="MBALL's reader threads. Default: its choice.")] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Seconds of turns after which a contender gets no further one.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="MBALL checks every byte against the manifest.")] = False,
+    copies: Annotated[
+        Path | None, typer.Option(help="Where the cold state's copies go, one a contender. Default: beside the model.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write every round here, as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot here: PLOT.svg and PLOT.png.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table, machine and versions here.")] = None,
 ) -> None:
-    """How fast weights come from the page cache into memory, against safetensors and transformers."""
-    from mball.bench.load import run_load
+    """How fast weights come into memory, against others' loaders on the same files."""
+    from mball.bench.load import Settings, run_load
 
-    run_load(
-        model,
+    settings = Settings(
+        device="cuda:0" if device == "cuda" else device,
+        states=_words(state),
+        peers=_words(peers),
+        cores=_cores(cores),
         rounds=rounds,
-        peers=[peer for peer in peers.split(",") if peer],
         threads=threads,
-        json_path=json,
-        plot_path=plot,
-        markdown_path=markdown,
-        console=Console(),
+        limit_s=limit,
+        verify=verify,
+        copies=copies,
     )
+    run_load(model, settings, json_path=json, plot_path=plot, markdown_path=markdown, console=Console())
+
+
+@app.command()
+def page(
+    target: Annotated[Path, typer.Argument(help="The Markdown page to write.")],
+    results: Annotated[list[Path], typer.Argument(help="JSON of `mball bench load`, in the order of the page.")],
+) -> None:
+    """One page of several results: what was wanted, what was reached, every table and plot."""
+    from mball.bench import page as pages
+    from mball.bench.report import from_json
+
+    reports = [report for path in results for report in from_json(path.read_text())]
+    drawn = pages.draw(reports, target.with_suffix(""), Console(stderr=True))
+    target.write_text(pages.page(reports, drawn, target.parent))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
+
+
+def _cores(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in _words(text))
+    except ValueError:
+        raise ConfigError(f"--cores: numbers by commas, not {text!r}") from None

@@ -1,25 +1,24 @@
-"""One loader in a process of its own: `python -m mball.bench.contenders SPEC`, a JSON object; prints one."""
+"""One loader in a process of its own: `python -m mball.bench.contenders SPEC`, a JSON object.
+
+It imports what it needs, prints READY, waits for a line (`{"digest": BOOL}`), and prints its result as a JSON object:
+measures by name, `facts`, and `digests` where they were asked for; or `{"cannot": REASON}`.
+"""
 
 from __future__ import annotations
 
-import gc
 import json
-import mmap
 import sys
-import time
-from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-import xxhash
 from torch import Tensor
 
-from mball.loader import Checkpoint, load
+from mball.errors import MballError
+from mball.loader import Checkpoint, image, load
 
-Loader = Callable[[], Mapping[str, Tensor]]
+READY = "ready"
 
 
 class Cannot(Exception):
@@ -28,127 +27,193 @@ class Cannot(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """What one process does. `contender` is a name in LOADERS."""
+    """What one process does. `contender` is a name in CONTENDERS; `threads` None leaves MBALL's own choice.
+
+    `cold`: the files are not in the page cache, so that there is one call to time. `image_fd`: the source image,
+    inherited. `verify`: MBALL checks every byte against the manifest beside the model.
+    """
 
     contender: str
     path: str
-    mode: Literal["check", "time"]
-    threads: int = 2
+    device: str = "cpu"
+    threads: int | None = None
+    cold: bool = False
+    verify: bool = False
+    image_fd: int | None = None
 
     def command(self) -> list[str]:
         return [sys.executable, "-m", "mball.bench.contenders", json.dumps(asdict(self))]
 
+    def options(self) -> dict[str, Any]:
+        """MBALL's loader's arguments."""
+        from mball.loader.manifest import Manifest
+
+        chosen: dict[str, Any] = {} if self.threads is None else {"threads": self.threads}
+        return chosen | ({"verify": Manifest.open(Checkpoint.open(self.path))} if self.verify else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """`load` is what is timed: it returns once every byte is issued, on a GPU perhaps not yet there. `release` gives
+    back, between two calls, what dropping the tensors does not."""
+
+    load: Callable[[], Mapping[str, Tensor]]
+    release: Callable[[], object] = field(default=lambda: None)
+
 
 def _mball(spec: Spec) -> Loader:
-    return lambda: load(spec.path, threads=spec.threads)
+    options = spec.options()
+    return Loader(lambda: load(spec.path, spec.device, **options))
+
+
+def _mball_module(spec: Spec) -> Loader:
+    """The module that MBALL's engine serves, built and filled anew by every call, as from_pretrained does."""
+    from mball.bench.module import build
+
+    model_class(spec)
+    options = spec.options()
+
+    def loader() -> Mapping[str, Tensor]:
+        module, weights = build(spec.path, spec.device)
+        weights.load(**options)
+        return dict(module.named_parameters())
+
+    return Loader(loader)
+
+
+def _mball_image(spec: Spec) -> Loader:
+    """A module that is there already, filled from the DRAM image, as when a model comes back to the device."""
+    from mball.bench.module import build
+
+    options = spec.options()
+    module, weights = build(spec.path, spec.device)
+
+    def loader() -> Mapping[str, Tensor]:
+        weights.load(spec.image_fd, **options)
+        return dict(module.named_parameters())
+
+    return Loader(loader, release=weights.release)
+
+
+def _mball_filling(spec: Spec) -> Loader:
+    """From the disk into a new DRAM image and on to the device, so that the model can come back from there."""
+    from mball.bench.module import build
+
+    options = spec.options()
+    module, weights = build(spec.path, spec.device)
+    checkpoint = Checkpoint.open(spec.path)
+
+    def loader() -> Mapping[str, Tensor]:
+        fd = image.create("mball-bench", checkpoint.image_bytes)
+        image.fill(checkpoint, fd, **options)
+        weights.load(fd, **options)
+        return dict(module.named_parameters())
+
+    return Loader(loader, release=weights.release)
 
 
 def _safetensors(spec: Spec) -> Loader:
-    """`load_file` gives tensors that are pages of the file; the clone makes them the caller's own."""
+    """`load_file`. On the CPU it gives tensors that are pages of the file; the clone makes them the caller's own."""
     from safetensors.torch import load_file
 
-    files = [shard.path for shard in Checkpoint.open(spec.path).shards]
-    return lambda: {name: tensor.clone() for file in files for name, tensor in load_file(file).items()}
+    found = files(spec)
+    if spec.device == "cpu":
+        return Loader(lambda: {name: tensor.clone() for file in found for name, tensor in load_file(file).items()})
+    return Loader(
+        lambda: {name: tensor for file in found for name, tensor in load_file(file, device=spec.device).items()}
+    )
 
 
 def _transformers(spec: Spec) -> Loader:
-    """`from_pretrained`, which builds the module too and leaves its tensors pages of the file; and the clone."""
+    """`from_pretrained`, which builds the module too. On the CPU its tensors are pages of the file: with the clone."""
+    found = model_class(spec)
+
+    def loader() -> Mapping[str, Tensor]:
+        if spec.device == "cpu":
+            module = found.from_pretrained(spec.path, dtype="auto")
+            return {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+        return dict(found.from_pretrained(spec.path, dtype="auto", device_map=spec.device).named_parameters())
+
+    return Loader(loader)
+
+
+def files(spec: Spec) -> list[str]:
+    return [str(shard.path) for shard in Checkpoint.open(spec.path).shards]
+
+
+def model_class(spec: Spec) -> Any:
+    """The class that config.json names, imported."""
     import transformers
 
     if not (Path(spec.path) / "config.json").is_file():
         raise Cannot("the model has no config.json")
     architectures = transformers.AutoConfig.from_pretrained(spec.path).architectures
-    model_class = getattr(transformers, architectures[0], None) if architectures else None
-    if model_class is None:
+    found = getattr(transformers, architectures[0], None) if architectures else None
+    if found is None:
         raise Cannot(f"transformers has no model class {architectures}")
+    return found
 
-    def loader() -> dict[str, Tensor]:
-        module = model_class.from_pretrained(spec.path, dtype="auto")
-        return {name: tensor.detach().clone() for name, tensor in module.named_parameters()}
+
+def _peer(name: str) -> Callable[[Spec], Loader]:
+    def loader(spec: Spec) -> Loader:
+        from mball.bench import peers
+
+        if spec.device == "cpu":
+            raise Cannot("it is measured on GPUs alone")
+        return peers.LOADERS[name](spec)
 
     return loader
 
 
-LOADERS: dict[str, Callable[[Spec], Loader]] = {
+CONTENDERS: dict[str, Callable[[Spec], Loader]] = {
     "safetensors": _safetensors,
     "mball": _mball,
+    "mball, module": _mball_module,
+    "mball, image": _mball_image,
+    "mball, filling its image": _mball_filling,
     "transformers": _transformers,
+    "fastsafetensors": _peer("fastsafetensors"),
+    "runai": _peer("runai"),
+    "instanttensor": _peer("instanttensor"),
 }
-"""By name. The first is the reference that the others' results are compared with."""
+
+PEERS = ("safetensors", "transformers", "fastsafetensors", "runai", "instanttensor")
 
 
-def check(loader: Loader) -> dict[str, Any]:
-    """A digest of every tensor, and how many bytes of them are still pages of a file."""
-    tensors = loader()
-    digests = {name: f"{tensor.dtype} {list(tensor.shape)} {_digest(tensor)}" for name, tensor in tensors.items()}
-    return {"digests": digests, "facts": {"file_backed_bytes": file_backed_bytes(tensors)}}
+def prepare(spec: Spec) -> Callable[[bool], dict[str, Any]]:
+    """Imports what the contender wants; the measurement, to be called once. Raises Cannot, ImportError, MballError."""
+    from mball.bench import baselines, measure
 
-
-def measure(loader: Loader, nbytes: int) -> dict[str, float]:
-    """Seconds of the first call in this process and of the second, and the peak of memory above the start in bytes."""
-    touch(nbytes)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
-    first_s = _timed(loader)
-    peak_bytes = _status_bytes("VmHWM") - before
-    gc.collect()
-    return {"first_s": first_s, "steady_s": _timed(loader), "peak_bytes": peak_bytes}
-
-
-def touch(nbytes: int) -> None:
-    """Write to so much new memory and free it: in a virtual machine the first touch of a page is the host's time."""
-    with mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        for at in range(0, nbytes, mmap.PAGESIZE):
-            memory[at] = 1
-
-
-def file_backed_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the tensors that lie in mappings of files: they change or vanish with the file."""
-    begins, ends, named = [], [], []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        begin, _, end = fields[0].partition("-")
-        begins.append(int(begin, 16))
-        ends.append(int(end, 16))
-        named.append(len(fields) > 5 and fields[5].startswith("/"))
-    total = 0
-    for tensor in tensors.values():
-        at = bisect_right(begins, tensor.data_ptr()) - 1
-        if tensor.numel() and at >= 0 and tensor.data_ptr() < ends[at] and named[at]:
-            total += tensor.nbytes
-    return total
-
-
-def _timed(loader: Loader) -> float:
-    begin = time.perf_counter()
-    tensors = loader()
-    seconds = time.perf_counter() - begin
-    del tensors
-    return seconds
-
-
-def _digest(tensor: Tensor) -> str:
-    return xxhash.xxh3_64_hexdigest(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise Cannot(f"/proc/self/status has no {field}")
+    if spec.contender in baselines.BASELINES:
+        baseline = baselines.BASELINES[spec.contender]
+        return lambda digest: baseline(spec)
+    loader = CONTENDERS[spec.contender](spec)
+    nbytes = Checkpoint.open(spec.path).nbytes
+    if spec.device == "cpu":
+        return lambda digest: measure.on_cpu(loader, nbytes, digest=digest, cold=spec.cold)
+    return lambda digest: measure.on_gpu(loader, nbytes, spec.device, digest=digest, cold=spec.cold)
 
 
 def main(argument: str) -> dict[str, Any]:
-    spec = Spec(**json.loads(argument))
     try:
-        loader = LOADERS[spec.contender](spec)
-        if spec.mode == "check":
-            return check(loader)
-        return measure(loader, 2 * Checkpoint.open(spec.path).nbytes)
-    except (Cannot, ImportError) as error:
+        run = prepare(Spec(**json.loads(argument)))
+    except ModuleNotFoundError as error:
+        return {"cannot": f"not installed ({error})"}
+    except (Cannot, ImportError, MballError) as error:
         return {"cannot": str(error)}
+    sys.stdout.write(f"{READY}\n")
+    sys.stdout.flush()
+    said = sys.stdin.readline()
+    if not said:
+        return {"cannot": "it was not wanted any more"}
+    try:
+        return run(json.loads(said)["digest"])
+    except (Cannot, MballError, OSError, RuntimeError) as error:
+        return {"cannot": f"{type(error).__name__}: {error}"}
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(sys.argv[1])) + "\n")
+    # This file as a module, too: its exceptions must be those that the other modules raise.
+    from mball.bench import contenders
+
+    sys.stdout.write(json.dumps(contenders.main(sys.argv[1])) + "\n")

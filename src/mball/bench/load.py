@@ -1,158 +1,220 @@
-"""`mball bench load`: how fast a model's weights come from the page cache into memory that the tensors own."""
+"""`mball bench load`: how fast a model's weights come into memory that the tensors own, on the CPU or a GPU."""
 
 from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 
-from mball.bench import machine
-from mball.bench.contenders import LOADERS, Spec
-from mball.bench.report import Column, Report, Spread, markdown, plot, table
+from mball.bench import baselines, machine, pagecache
+from mball.bench.contenders import PEERS, Spec
+from mball.bench.measure import reference_digests
+from mball.bench.page import NOTES, columns_of, draw, page
+from mball.bench.report import Report, table, to_json
 from mball.bench.runner import Contender, Outcome, run
 from mball.errors import ConfigError
-from mball.loader import Checkpoint
-from mball.units import GiB, MiB, format_bytes
+from mball.loader import Checkpoint, image
+from mball.units import format_bytes
 
-PEERS = ("safetensors", "transformers")
-_REFERENCE = "safetensors"
-_PACKAGES = ("mball", "torch", "safetensors", "transformers")
-_NOTES = [
-    "From the page cache into the CPU's memory. Every process is fresh, and its results were compared with those of "
-    "safetensors before. First: the first call in a process, after as much memory was touched and freed; steady: the "
-    "second call. Median ± distance of the quartiles over the rounds.",
-    "safetensors is load_file, transformers is from_pretrained (which builds the module too), both with a clone of "
-    "each tensor, as the tensors that they return are pages of the file and change with it. In file: bytes of the "
-    "result that still are. Peak: of the process, above its start.",
-]
+STATES = ("warm", "image", "cold")
+_SOURCES = {"warm": "from the page cache", "image": "from its DRAM image", "cold": "from the disk"}
+_PACKAGES = (
+    *("mball", "torch", "safetensors", "transformers", "fastsafetensors", "runai-model-streamer", "instanttensor"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What is measured. `limit_s`: a contender whose turns took so long gets no further one. `copies`: the folder for
+    the cold state's copies of the model (None: beside the model)."""
+
+    device: str = "cpu"
+    states: Sequence[str] = ("warm",)
+    peers: Sequence[str] = ("safetensors", "transformers")
+    cores: Sequence[int] = ()
+    rounds: int = 5
+    threads: int | None = None
+    limit_s: float | None = None
+    verify: bool = False
+    copies: Path | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        for option, given, known in (("--peers", self.peers, PEERS), ("--state", self.states, STATES)):
+            unknown = sorted(set(given) - set(known))
+            if unknown:
+                raise ConfigError(f"{option}: no {', '.join(unknown)} (there are {', '.join(known)})")
+        absent = sorted(set(self.cores) - os.sched_getaffinity(0))
+        if absent:
+            raise ConfigError(f"--cores: this process may not run on {', '.join(map(str, absent))}")
+
+    def command(self, model: Path) -> str:
+        words = ["mball", "bench", "load", str(model)]
+        if self.device != "cpu" or tuple(self.states) != ("warm",):
+            words += ["--device", self.device, "--state", ",".join(self.states)]
+        words += ["--rounds", str(self.rounds), "--peers", ",".join(self.peers)]
+        words += ["--cores", ",".join(map(str, self.cores))] if self.cores else []
+        words += ["--threads", str(self.threads)] if self.threads is not None else []
+        words += ["--limit", f"{self.limit_s:g}"] if self.limit_s is not None else []
+        return shlex.join([*words, *(["--verify"] if self.verify else [])])
 
 
 def run_load(
     model_path: Path,
+    settings: Settings,
     *,
-    rounds: int = 5,
-    peers: Sequence[str] = PEERS,
-    threads: int | None = None,
     json_path: Path | None = None,
     plot_path: Path | None = None,
     markdown_path: Path | None = None,
-    command: str | None = None,
     console: Console | None = None,
-) -> Report:
-    """Time MBALL's loader against its peers on one model; print a table, write what is asked for.
+) -> list[Report]:
+    """Time MBALL's loader against its peers on one model, one report a state; print tables, write what is asked for.
 
-    `plot_path` gives the stem of an SVG and a PNG. Raises ConfigError for an unknown peer, CheckpointError for a
-    model that can't be opened; a contender that fails is in the report, with the reason.
+    The JSON is written after every round, so that a run that is cut off leaves its rounds. `plot_path` gives the stem
+    of SVGs and PNGs. Raises ConfigError for a wrong setting, CheckpointError for a model that can't be opened; a
+    contender that fails is in the report, with the reason.
     """
     console = console or Console()
-    unknown = sorted(set(peers) - set(LOADERS))
-    if unknown:
-        raise ConfigError(f"--peers: no such peer: {', '.join(unknown)} (there are {', '.join(PEERS)})")
+    settings.check()
     checkpoint = Checkpoint.open(model_path)
-    threads = threads or min(8, len(os.sched_getaffinity(0)))
-    names = [name for name in LOADERS if name == "mball" or name in peers]
-    ran_on = machine.describe()
-    started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    with console.status("starting") as status:
-        outcomes = run(
-            [_contender(name, model_path, threads) for name in names],
-            rounds=rounds,
-            before_each=lambda: warm(checkpoint),
-            progress=lambda step: status.update(step),
-        )
-    report = Report(
+    pagecache.warm(shard.path for shard in checkpoint.shards)
+    reference = reference_digests([shard.path for shard in checkpoint.shards])
+    done: list[Report] = []
+    with _on_cores(settings.cores), console.status("starting") as status:
+        for state in settings.states:
+            report = _report(model_path, checkpoint, settings, state)
+
+            def keep(outcomes: list[Outcome], report: Report = report) -> None:
+                report.outcomes[:] = outcomes
+                if json_path is not None:
+                    json_path.write_text(to_json([*done, report]))
+
+            with _contenders(model_path, checkpoint, settings, state) as contenders:
+                report.outcomes[:] = run(
+                    contenders,
+                    reference=reference,
+                    rounds=settings.rounds,
+                    limit_s=settings.limit_s,
+                    progress=status.update,
+                    after_round=keep,
+                )
+            done.append(report)
+            console.print(table(report, columns_of(report)))
+    if json_path is not None:
+        json_path.write_text(to_json(done))
+    plots = draw(done, plot_path, console) if plot_path is not None else {}
+    if markdown_path is not None:
+        markdown_path.write_text(page(done, plots, markdown_path.parent))
+    return done
+
+
+def _report(model_path: Path, checkpoint: Checkpoint, settings: Settings, state: str) -> Report:
+    cores = ",".join(map(str, settings.cores))
+    where = "CPU" if settings.device == "cpu" else "GPU"
+    return Report(
         benchmark="load",
-        title=f"Load {format_bytes(checkpoint.nbytes)} from the page cache, CPU",
-        command=command
-        or f"mball bench load {shlex.quote(str(model_path))} --rounds {rounds} --peers {','.join(peers)}",
-        started=started,
-        machine=ran_on,
+        setting={"state": state, "device": settings.device, "cores": cores},
+        title=f"Load {format_bytes(checkpoint.nbytes)} {_SOURCES[state]}, {where}"
+        + (f", on cores {cores} alone" if cores else ""),
+        command=settings.command(Path(model_path.name)),
+        started=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        machine=machine.describe(settings.device),
         versions=machine.versions(_PACKAGES),
         subject={
             "tensors": len(checkpoint.tensors),
             "shards": len(checkpoint.shards),
             "bytes": checkpoint.nbytes,
-            "reader threads": threads,
+            "reader threads": settings.threads if settings.threads is not None else "MBALL's choice",
+            "verified": "every byte, by MBALL" if settings.verify else "no",
         },
-        outcomes=outcomes,
-        notes=_NOTES,
+        outcomes=[],
+        notes=NOTES[state, where],
     )
-    columns = _columns(report, checkpoint.nbytes)
-    console.print(table(report, columns))
-    if json_path is not None:
-        json_path.write_text(report.to_json())
-    plotted = plot_path is not None and _plot(report, plot_path, checkpoint.nbytes, console)
-    if markdown_path is not None:
-        image = (
-            Path(os.path.relpath(plot_path.with_suffix(".svg"), markdown_path.parent))
-            if plotted and plot_path
-            else None
-        )
-        markdown_path.write_text(markdown(report, columns, str(image) if image else None))
-    return report
 
 
-def warm(checkpoint: Checkpoint) -> None:
-    """Read every shard once, so that it lies in the page cache."""
-    scratch = bytearray(8 * MiB)
-    for shard in checkpoint.shards:
-        with shard.path.open("rb", buffering=0) as file:
-            while file.readinto(scratch):
-                pass
+@contextmanager
+def _contenders(model_path: Path, checkpoint: Checkpoint, settings: Settings, state: str) -> Iterator[list[Contender]]:
+    on_gpu = settings.device != "cpu"
+    spec = Spec(
+        "",
+        str(model_path),
+        device=settings.device,
+        threads=settings.threads,
+        cold=state == "cold",
+        verify=settings.verify,
+    )
+    if state == "image":
+        fd = image.create("mball-bench", checkpoint.image_bytes)
+        try:
+            image.fill(checkpoint, fd)
+            image.seal(fd)
+            ours = [_contender(replace(spec, contender="mball, image", image_fd=fd), fds=(fd,))]
+            if on_gpu:
+                registering = replace(spec, contender=baselines.REGISTER, image_fd=fd)
+                ours += [_contender(registering, fds=(fd,), compared=False), _bus(spec)]
+            yield ours
+        finally:
+            os.close(fd)
+    elif state == "cold":
+        raw = [baselines.DISK_DIRECT, baselines.DISK_BUFFERED]
+        names = [*(name for name in ("mball", "mball, filling its image", *settings.peers)), *raw]
+        folder = settings.copies if settings.copies is not None else model_path.absolute().parent
+        with tempfile.TemporaryDirectory(prefix="mball-bench-", dir=folder) as copies:
+            yield [_cold(replace(spec, contender=name), checkpoint, Path(copies), name not in raw) for name in names]
+    else:
+        names = ["mball", *settings.peers]
+        if on_gpu and "transformers" in settings.peers:
+            names.insert(1, "mball, module")
+        shards = [shard.path for shard in checkpoint.shards]
+        yield [
+            *(_contender(replace(spec, contender=name), warm=shards) for name in names),
+            *([_bus(spec)] if on_gpu else []),
+        ]
 
 
-def _contender(name: str, path: Path, threads: int) -> Contender:
+def _contender(spec: Spec, *, warm: Sequence[Path] = (), fds: Sequence[int] = (), compared: bool = True) -> Contender:
     return Contender(
-        name,
-        check=Spec(name, str(path), "check", threads).command(),
-        time=Spec(name, str(path), "time", threads).command(),
+        spec.contender, spec.command(), before=lambda: pagecache.warm(warm), compared=compared, pass_fds=fds
     )
 
 
-def _rates(measure: str, nbytes: int) -> Callable[[Outcome], list[float]]:
-    return lambda outcome: [nbytes / GiB / measures[measure] for measures in outcome.rounds]
+def _bus(spec: Spec) -> Contender:
+    return _contender(replace(spec, contender=baselines.BUS), compared=False)
 
 
-def _columns(report: Report, nbytes: int) -> list[Column]:
-    reference = next((outcome for outcome in report.outcomes if outcome.name == _REFERENCE and outcome.rounds), None)
-
-    def rate(heading: str, measure: str) -> Column:
-        return Column(heading, lambda outcome: str(Spread.of(_rates(measure, nbytes)(outcome))))
-
-    def ratio(measure: str) -> Column:
-        def cell(outcome: Outcome) -> str:
-            if reference is None:
-                return "–"
-            rates = _rates(measure, nbytes)
-            return f"{Spread.of(rates(outcome)).median / Spread.of(rates(reference)).median:.2f} ×"
-
-        return Column("", cell)
-
-    def peak(outcome: Outcome) -> str:
-        return format_bytes(round(Spread.of([measures["peak_bytes"] for measures in outcome.rounds]).median))
-
-    return [
-        rate("first, GiB/s", "first_s"),
-        ratio("first_s"),
-        rate("steady, GiB/s", "steady_s"),
-        ratio("steady_s"),
-        Column("peak", peak),
-        Column("in file", lambda outcome: format_bytes(outcome.facts["file_backed_bytes"])),
-    ]
+def _cold(spec: Spec, checkpoint: Checkpoint, copies: Path, compared: bool) -> Contender:
+    """On a copy of its own, so that no contender reads what the host or the disk kept of another's."""
+    target = copies / "".join(letter for letter in spec.contender if letter.isalnum())
+    if checkpoint.path.is_dir():
+        pagecache.copy_model(checkpoint.path, target)
+        path = target
+    else:
+        target.mkdir()
+        path = Path(shutil.copyfile(checkpoint.path, target / checkpoint.path.name))
+    shards = [path / shard.path.name if path.is_dir() else path for shard in checkpoint.shards]
+    return Contender(
+        spec.contender,
+        replace(spec, path=str(path)).command(),
+        before=lambda: pagecache.drop(shards),
+        compared=compared,
+    )
 
 
-def _plot(report: Report, path: Path, nbytes: int, console: Console) -> bool:
-    series = [
-        ("first call (fresh memory)", _rates("first_s", nbytes)),
-        ("steady", _rates("steady_s", nbytes)),
-    ]
+@contextmanager
+def _on_cores(cores: Sequence[int]) -> Iterator[None]:
+    """This process, and so every one it starts, on these cores alone."""
+    before = os.sched_getaffinity(0)
+    if cores:
+        os.sched_setaffinity(0, cores)
     try:
-        plot(report, path, series, "GiB/s")
-    except ImportError:
-        console.print("no plot: matplotlib is not installed (pip install 'mball[bench]')")
-        return False
-    return True
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

@@ -9,15 +9,17 @@ from importlib import metadata
 from pathlib import Path
 
 import psutil
+import pynvml  # type: ignore[import-untyped]
 
 from mball.units import format_bytes
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def describe() -> dict[str, str]:
+def describe(device: str = "cpu") -> dict[str, str]:
     """The machine in words, and how busy it is; nothing that names its owner or host."""
     return {
+        **(_gpu(device) if device != "cpu" else {}),
         "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores",
         "memory": format_bytes(psutil.virtual_memory().total),
         "kernel": platform.release(),
@@ -25,6 +27,24 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         "load average before": f"{os.getloadavg()[0]:.1f}",
     }
+
+
+def _gpu(device: str) -> dict[str, str]:
+    """By NVML, which makes no context. Nothing where it is not there."""
+    try:
+        pynvml.nvmlInit()
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
+            generation = pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)
+            width = pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)
+            return {
+                "gpu": f"{pynvml.nvmlDeviceGetName(handle)}, PCIe {generation} × {width}",
+                "driver": str(pynvml.nvmlSystemGetDriverVersion()),
+            }
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        return {"gpu": f"NVML does not say: {error}"}
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mball.bench.runner import Outcome
+from mball.errors import ConfigError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Report:
     """Everything that is needed to judge a figure, or to make it again."""
 
     benchmark: str
+    setting: dict[str, str]
     title: str
     command: str
     started: str
@@ -32,8 +34,30 @@ class Report:
     outcomes: list[Outcome]
     notes: list[str]
 
-    def to_json(self) -> str:
-        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, indent=2) + "\n"
+    def outcome(self, name: str) -> Outcome | None:
+        """The contender's, where it has rounds."""
+        return next((outcome for outcome in self.outcomes if outcome.name == name and outcome.rounds), None)
+
+
+def to_json(reports: Sequence[Report]) -> str:
+    return (
+        json.dumps({"schema_version": SCHEMA_VERSION, "reports": [asdict(report) for report in reports]}, indent=1)
+        + "\n"
+    )
+
+
+def from_json(text: str) -> list[Report]:
+    """Raises ConfigError for what `to_json` did not write."""
+    try:
+        parsed = json.loads(text)
+        if parsed["schema_version"] != SCHEMA_VERSION:
+            raise ConfigError(f"a result of schema {parsed['schema_version']}; this is {SCHEMA_VERSION}")
+        return [
+            Report(**{**found, "outcomes": [Outcome(**outcome) for outcome in found["outcomes"]]})
+            for found in parsed["reports"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"not a benchmark's result: {error!r}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +99,9 @@ def table(report: Report, columns: Sequence[Column]) -> RenderableType:
     return Group(shown, *(Text(note, style="dim") for note in report.notes), *(Text(line) for line in not_run))
 
 
-def markdown(report: Report, columns: Sequence[Column], plot: str | None) -> str:
-    """The page for docs/benchmarks. `plot` is the image's path relative to the page."""
-    lines = [f"# {report.title}", "", f"    {report.command}", ""]
+def markdown(report: Report, columns: Sequence[Column], plot: str | None, *, level: int = 1) -> str:
+    """A page for docs/benchmarks, or a section of one. `plot` is the image's path relative to the page."""
+    lines = [f"{'#' * level} {report.title}", "", f"    {report.command}", ""]
     lines += [f"| | {' | '.join(column.heading for column in columns)} |", "| --- |" + " ---: |" * len(columns)]
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in _rows(report, columns)]
     lines += [""] + [f"{note}" for note in report.notes]
@@ -99,10 +123,12 @@ def plot(report: Report, stem: Path, series: Sequence[tuple[str, Callable[[Outco
     height = 0.8 / len(series)
     for number, (label, values_of) in enumerate(series):
         places = [row + (0.5 - number - 0.5 + (len(series) - 1) / 2) * height for row in range(len(timed))]
-        medians = [statistics.median(values_of(outcome)) for outcome in timed]
+        found = [values_of(outcome) for outcome in timed]
+        medians = [statistics.median(values) if values else 0.0 for values in found]
         axes.barh(places, medians, height * 0.9, label=label, color=f"C{number}", alpha=0.75)
-        for place, median, outcome in zip(places, medians, timed, strict=True):
-            values = values_of(outcome)
+        for place, median, values in zip(places, medians, found, strict=True):
+            if not values:
+                continue
             axes.plot(values, [place] * len(values), "o", color="black", markersize=3, alpha=0.6)
             end = (max(values), place)
             axes.annotate(f"{median:.2f}", end, (6, 0), textcoords="offset points", va="center", fontsize=8)

@@ -1,29 +1,44 @@
-"""Contenders, each in a process of its own, in turn, several rounds; a wrong result is found before any is timed."""
+"""Contenders, each in a process of its own, in turn, several rounds; a wrong result has no figures."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import select
 import subprocess
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any, ParamSpec, TypeVar
+
+from mball.bench.contenders import READY, Cannot
 
 TIMEOUT_S = 900.0
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 Measures = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """Two commands that print one JSON object as their last line.
+    """A command that prints READY once it has imported all it wants, waits for a line, and prints one JSON object.
 
-    `check` prints `{"digests": {NAME: TEXT}, "facts": {…}}`, `time` prints measures by name. Either may print
-    `{"cannot": REASON}` instead.
+    The object holds measures by name, `facts`, and `digests` (`{NAME: TEXT}`) where the line asked for them; or
+    `{"cannot": REASON}`, which may stand in READY's place too. `before` brings the machine to the wanted state (such as
+    a warm page cache) before each of its turns, or raises Cannot. A `compared` one is judged by its digests; the others
+    measure the hardware.
     """
 
     name: str
-    check: Sequence[str]
-    time: Sequence[str]
+    command: Sequence[str]
+    before: Callable[[], object] = lambda: None
+    compared: bool = True
+    pass_fds: Sequence[int] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -36,48 +51,58 @@ class Outcome:
     not_run: str | None = None
 
 
-class _Cannot(Exception):
-    """A contender's process did not give a result."""
-
-
 def run(
     contenders: Sequence[Contender],
     *,
+    reference: Mapping[str, str],
     rounds: int,
-    before_each: Callable[[], object] = lambda: None,
+    limit_s: float | None = None,
     progress: Callable[[str], object] = lambda step: None,
+    after_round: Callable[[list[Outcome]], object] = lambda outcomes: None,
 ) -> list[Outcome]:
-    """Check all, then time those that agree with the first (the reference), in an order that turns every round.
+    """Time all in an order that turns every round; whose first round's result is not the reference's is out.
 
-    `before_each` brings the machine to the wanted state (such as a warm page cache) before every process.
+    All processes of a round start together, as importing takes long, and then work one at a time. A contender whose
+    turns have taken `limit_s` gets no further one.
     """
     outcomes = [Outcome(contender.name) for contender in contenders]
-    reference: Mapping[str, str] | None = None
-    for contender, outcome in zip(contenders, outcomes, strict=True):
-        progress(f"checking {contender.name}")
-        before_each()
-        try:
-            checked = _result(contender.check)
-        except _Cannot as error:
-            outcome.not_run = str(error)
-            continue
-        outcome.facts = checked["facts"]
-        reference = checked["digests"] if reference is None else reference
-        outcome.not_run = difference(checked["digests"], reference)
-        outcome.facts["compared"] = len(checked["digests"].keys() & reference.keys())
-    entered = [pair for pair in zip(contenders, outcomes, strict=True) if pair[1].not_run is None]
+    spent_s = dict.fromkeys((contender.name for contender in contenders), 0.0)
     for number in range(rounds):
-        turn = number % max(1, len(entered))
-        for contender, outcome in entered[turn:] + entered[:turn]:
-            if outcome.not_run is not None:
-                continue
-            progress(f"round {number + 1} of {rounds}: {contender.name}")
-            before_each()
-            try:
-                outcome.rounds.append(_result(contender.time))
-            except _Cannot as error:
-                outcome.not_run = f"round {number + 1}: {error}"
+        entered = [
+            (contender, outcome)
+            for contender, outcome in zip(contenders, outcomes, strict=True)
+            if outcome.not_run is None and (limit_s is None or spent_s[contender.name] < limit_s)
+        ]
+        step = f"round {number + 1} of {rounds}"
+        progress(f"{step}: starting")
+        with contextlib.ExitStack() as ends:
+            started = [(*pair, ends.enter_context(_Process(pair[0]))) for pair in entered]
+            for _, outcome, process in started:
+                _guarded(outcome, number, process.wait_ready)
+            for contender, outcome, process in rotated(started, number):
+                if outcome.not_run is not None:
+                    continue
+                progress(f"{step}: {contender.name}")
+                begin = time.monotonic()
+                result = _guarded(outcome, number, _turn, contender, process, number == 0)
+                spent_s[contender.name] += time.monotonic() - begin
+                if result is None:
+                    continue
+                outcome.facts |= result.pop("facts", {})
+                digests = result.pop("digests", {})
+                if number == 0 and contender.compared:
+                    outcome.not_run = difference(digests, reference)
+                    outcome.facts["compared"] = len(digests.keys() & reference.keys())
+                if outcome.not_run is None:
+                    outcome.rounds.append(result)
+        after_round(outcomes)
     return outcomes
+
+
+def rotated(items: Sequence[T], turn: int) -> list[T]:
+    """The same items, begun `turn` places later, so that over as many rounds each is first once."""
+    start = turn % len(items) if items else 0
+    return [*items[start:], *items[:start]]
 
 
 def difference(digests: Mapping[str, str], reference: Mapping[str, str]) -> str | None:
@@ -89,18 +114,94 @@ def difference(digests: Mapping[str, str], reference: Mapping[str, str]) -> str 
     return f"its result differs from the reference: {', '.join(wrong[:3])}" if wrong else None
 
 
-def _result(command: Sequence[str]) -> dict[str, Any]:
+def _turn(contender: Contender, process: _Process, digest: bool) -> dict[str, Any]:
+    contender.before()
+    return process.result(digest=digest)
+
+
+def _guarded(outcome: Outcome, number: int, call: Callable[P, T], *given: P.args, **named: P.kwargs) -> T | None:
+    """What the call gives; None where the process can't give one, and then the outcome says why."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise _Cannot(f"took over {TIMEOUT_S:.0f} s") from None
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        raise _Cannot(f"ended with {done.returncode}{': ' + said[-1] if said else ''}")
+        return call(*given, **named)
+    except Cannot as error:
+        outcome.not_run = str(error) if number == 0 else f"round {number + 1}: {error}"
+        return None
+
+
+class _Process:
+    """One contender's process, from its start to its end."""
+
+    def __init__(self, contender: Contender) -> None:
+        self._contender = contender
+        self._deadline = time.monotonic() + TIMEOUT_S
+        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            contender.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            bufsize=0,
+            pass_fds=contender.pass_fds,
+            env={**os.environ, **contender.env},
+        )
+
+    def __enter__(self) -> _Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._said.close()
+
+    def wait_ready(self) -> None:
+        line = self._line()
+        if line != READY:
+            raise Cannot(self._why(line))
+
+    def result(self, *, digest: bool) -> dict[str, Any]:
+        self._deadline = time.monotonic() + TIMEOUT_S
+        try:
+            out, _ = self._process.communicate(json.dumps({"digest": digest}).encode() + b"\n", TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise Cannot(f"took over {TIMEOUT_S:.0f} s") from None
+        lines = out.decode(errors="replace").strip().splitlines()
+        if self._process.returncode != 0 or not lines:
+            raise Cannot(self._why(""))
+        result = _parsed(lines[-1])
+        if result is None or "cannot" in result:
+            raise Cannot(self._why(lines[-1]))
+        return result
+
+    def _line(self) -> str:
+        """The first line that is READY or JSON: libraries print lines of their own."""
+        stdout = self._process.stdout
+        while stdout is not None:
+            left_s = self._deadline - time.monotonic()
+            if left_s <= 0 or not select.select([stdout], [], [], left_s)[0]:
+                raise Cannot(f"took over {TIMEOUT_S:.0f} s to start")
+            line = stdout.readline()
+            if not line:
+                break
+            text = line.decode(errors="replace").strip()
+            if text == READY or _parsed(text) is not None:
+                return text
+        return ""
+
+    def _why(self, line: str) -> str:
+        result = _parsed(line)
+        if result is not None and "cannot" in result:
+            return str(result["cannot"])
+        code = self._process.wait(TIMEOUT_S)
+        self._said.seek(0)
+        said = self._said.read().decode(errors="replace").strip().splitlines()
+        if code == 0:
+            return "printed no result"
+        return f"ended with {code}{': ' + said[-1] if said else ''}"
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
     try:
-        result = json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        raise _Cannot("printed no result") from None
-    if not isinstance(result, dict) or "cannot" in result:
-        raise _Cannot(str(result["cannot"]) if isinstance(result, dict) else "printed no result")
-    return result
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
