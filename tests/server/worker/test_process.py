@@ -303,8 +303,9 @@ async def test_it_dies_with_its_parent(spec: WorkerSpec, tmp_path: Path) -> None
     process = subprocess.Popen(  # noqa: ASYNC220
         [sys.executable, "-c", parent, spec.to_json()], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
+    child = 0
+    assert process.stdout is not None
     try:
-        assert process.stdout is not None
         child = int(await asyncio.to_thread(process.stdout.readline))
         # The worker holds both ends of its channel, so that only its parent's death is left to tell it.
         assert private_bytes(child)
@@ -312,7 +313,10 @@ async def test_it_dies_with_its_parent(spec: WorkerSpec, tmp_path: Path) -> None
         await until(lambda: private_bytes(child) is None)
     finally:
         process.kill()
-        process.communicate()
+        process.stdout.close()
+        process.wait()
+        if child and private_bytes(child) is not None:
+            os.kill(child, signal.SIGKILL)
 
 
 async def test_wrong_verbs_and_a_log_without_texts(spec: WorkerSpec, tmp_path: Path) -> None:
