@@ -78,7 +78,7 @@ def test_cold_and_image_states(model: Path, tmp_path: Path) -> None:
     assert all("steady_s" not in outcome.rounds[0] for outcome in cold.outcomes)
     assert image.outcomes[0].facts["compared"] > 10
     assert set(tmp_path.iterdir()) == {*before, data}
-    assert cold.setting == {"state": "cold", "device": "cpu", "cores": "0"}
+    assert cold.setting == {"state": "cold", "device": "cpu", "cores": "0", "verify": ""}
     assert "--cores 0" in cold.command
     assert len(json.loads(data.read_text())["reports"]) == 2
     assert len(os.sched_getaffinity(0)) == os.cpu_count() or os.cpu_count() == 1
@@ -174,6 +174,7 @@ def test_verified_loads(model: Path, tmp_path: Path) -> None:
     try:
         (report,) = quiet(model, Settings(peers=(), rounds=1, verify=True))
         assert report.outcomes[0].not_run is None
+        assert "every byte verified" in report.title
     finally:
         path.unlink()
 

@@ -26,8 +26,8 @@ def measured(name: str, first: float, steady: float | None = None, **more: float
     return Outcome(name, rounds=rounds)
 
 
-def report(state: str, *outcomes: Outcome, cores: str = "", device: str = "cuda:0") -> Report:
-    setting = {"state": state, "device": device, "cores": cores}
+def report(state: str, *outcomes: Outcome, cores: str = "", device: str = "cuda:0", verify: str = "") -> Report:
+    setting = {"state": state, "device": device, "cores": cores, "verify": verify}
     return Report("load", setting, f"A {state} load", "mball", "now", {}, {}, {}, list(outcomes), ["A note."])
 
 
@@ -111,7 +111,8 @@ def test_each_can_be_missed(change: Callable[[list[Report]], None], missed: set[
 
 
 def test_what_was_not_measured_is_said() -> None:
-    found = verdicts([report("warm", measured("mball", 30.0, 40.0), device="cpu")])
+    cpu = report("warm", measured("mball", 30.0, 40.0), device="cpu")
+    found = verdicts([cpu, report("warm", measured("mball", 30.0, 40.0), verify="every byte")])
     assert {verdict for _, verdict in found.values()} == {""}
     assert all(text.startswith("not measured: ") for text, _ in found.values())
 

@@ -34,8 +34,9 @@ def load(
     rounds: Annotated[int, typer.Option(min=1, help="Fresh processes per contender.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="MBALL's reader threads. Default: its choice.")] = None,
     limit: Annotated[
-        float | None, typer.Option(min=0, help="Seconds of turns after which a contender gets no further one.")
+        float | None, typer.Option(min=0, help="Seconds that a contender's turns may take in all; each has one.")
     ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds a turn may take.")] = 900.0,
     verify: Annotated[bool, typer.Option("--verify", help="MBALL checks every byte against the manifest.")] = False,
     copies: Annotated[
         Path | None, typer.Option(help="Where the cold state's copies go, one a contender. Default: beside the model.")
@@ -55,6 +56,7 @@ def load(
         rounds=rounds,
         threads=threads,
         limit_s=limit,
+        timeout_s=timeout,
         verify=verify,
         copies=copies,
     )

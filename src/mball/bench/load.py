@@ -19,7 +19,7 @@ from mball.bench.contenders import PEERS, Spec
 from mball.bench.measure import reference_digests
 from mball.bench.page import NOTES, columns_of, draw, page
 from mball.bench.report import Report, table, to_json
-from mball.bench.runner import Contender, Outcome, run
+from mball.bench.runner import TIMEOUT_S, Contender, Outcome, run
 from mball.errors import ConfigError
 from mball.loader import Checkpoint, image
 from mball.units import format_bytes
@@ -33,7 +33,8 @@ _PACKAGES = (
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is measured. `limit_s`: a contender whose turns took so long gets no further one. `copies`: the folder for
+    """What is measured. `limit_s`: what a contender's turns may take in all, but for its first;
+    `timeout_s`: a process that takes so long for a turn is given up. `copies`: the folder for
     the cold state's copies of the model (None: beside the model)."""
 
     device: str = "cpu"
@@ -43,6 +44,7 @@ class Settings:
     rounds: int = 5
     threads: int | None = None
     limit_s: float | None = None
+    timeout_s: float = TIMEOUT_S
     verify: bool = False
     copies: Path | None = None
 
@@ -103,6 +105,7 @@ def run_load(
                     reference=reference,
                     rounds=settings.rounds,
                     limit_s=settings.limit_s,
+                    timeout_s=settings.timeout_s,
                     progress=status.update,
                     after_round=keep,
                 )
@@ -121,9 +124,15 @@ def _report(model_path: Path, checkpoint: Checkpoint, settings: Settings, state:
     where = "CPU" if settings.device == "cpu" else "GPU"
     return Report(
         benchmark="load",
-        setting={"state": state, "device": settings.device, "cores": cores},
+        setting={
+            "state": state,
+            "device": settings.device,
+            "cores": cores,
+            "verify": "every byte" if settings.verify else "",
+        },
         title=f"Load {format_bytes(checkpoint.nbytes)} {_SOURCES[state]}, {where}"
-        + (f", on cores {cores} alone" if cores else ""),
+        + (f", on cores {cores} alone" if cores else "")
+        + (", every byte verified" if settings.verify else ""),
         command=settings.command(Path(model_path.name)),
         started=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         machine=machine.describe(settings.device),
@@ -133,7 +142,6 @@ def _report(model_path: Path, checkpoint: Checkpoint, settings: Settings, state:
             "shards": len(checkpoint.shards),
             "bytes": checkpoint.nbytes,
             "reader threads": settings.threads if settings.threads is not None else "MBALL's choice",
-            "verified": "every byte, by MBALL" if settings.verify else "no",
         },
         outcomes=[],
         notes=NOTES[state, where],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import select
 import subprocess
 import tempfile
@@ -38,7 +37,6 @@ class Contender:
     before: Callable[[], object] = lambda: None
     compared: bool = True
     pass_fds: Sequence[int] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -57,26 +55,28 @@ def run(
     reference: Mapping[str, str],
     rounds: int,
     limit_s: float | None = None,
+    timeout_s: float = TIMEOUT_S,
     progress: Callable[[str], object] = lambda step: None,
     after_round: Callable[[list[Outcome]], object] = lambda outcomes: None,
 ) -> list[Outcome]:
     """Time all in an order that turns every round; whose first round's result is not the reference's is out.
 
-    All processes of a round start together, as importing takes long, and then work one at a time. A contender whose
-    turns have taken `limit_s` gets no further one.
+    All processes of a round start together, as importing takes long, and then work one at a time. A contender gets no
+    further turn where another like its longest would take it past `limit_s` in all; one that takes `timeout_s` to
+    start, or for a turn, is given up.
     """
     outcomes = [Outcome(contender.name) for contender in contenders]
-    spent_s = dict.fromkeys((contender.name for contender in contenders), 0.0)
+    turns_s: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     for number in range(rounds):
         entered = [
             (contender, outcome)
             for contender, outcome in zip(contenders, outcomes, strict=True)
-            if outcome.not_run is None and (limit_s is None or spent_s[contender.name] < limit_s)
+            if outcome.not_run is None and (limit_s is None or _fits(turns_s[contender.name], limit_s))
         ]
         step = f"round {number + 1} of {rounds}"
         progress(f"{step}: starting")
         with contextlib.ExitStack() as ends:
-            started = [(*pair, ends.enter_context(_Process(pair[0]))) for pair in entered]
+            started = [(*pair, ends.enter_context(_Process(pair[0], timeout_s))) for pair in entered]
             for _, outcome, process in started:
                 _guarded(outcome, number, process.wait_ready)
             for contender, outcome, process in rotated(started, number):
@@ -85,7 +85,7 @@ def run(
                 progress(f"{step}: {contender.name}")
                 begin = time.monotonic()
                 result = _guarded(outcome, number, _turn, contender, process, number == 0)
-                spent_s[contender.name] += time.monotonic() - begin
+                turns_s[contender.name].append(time.monotonic() - begin)
                 if result is None:
                     continue
                 outcome.facts |= result.pop("facts", {})
@@ -114,6 +114,10 @@ def difference(digests: Mapping[str, str], reference: Mapping[str, str]) -> str 
     return f"its result differs from the reference: {', '.join(wrong[:3])}" if wrong else None
 
 
+def _fits(turns_s: Sequence[float], limit_s: float) -> bool:
+    return not turns_s or sum(turns_s) + max(turns_s) <= limit_s
+
+
 def _turn(contender: Contender, process: _Process, digest: bool) -> dict[str, Any]:
     contender.before()
     return process.result(digest=digest)
@@ -131,9 +135,9 @@ def _guarded(outcome: Outcome, number: int, call: Callable[P, T], *given: P.args
 class _Process:
     """One contender's process, from its start to its end."""
 
-    def __init__(self, contender: Contender) -> None:
-        self._contender = contender
-        self._deadline = time.monotonic() + TIMEOUT_S
+    def __init__(self, contender: Contender, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
             contender.command,
@@ -142,7 +146,6 @@ class _Process:
             stderr=self._said,
             bufsize=0,
             pass_fds=contender.pass_fds,
-            env={**os.environ, **contender.env},
         )
 
     def __enter__(self) -> _Process:
@@ -159,11 +162,10 @@ class _Process:
             raise Cannot(self._why(line))
 
     def result(self, *, digest: bool) -> dict[str, Any]:
-        self._deadline = time.monotonic() + TIMEOUT_S
         try:
-            out, _ = self._process.communicate(json.dumps({"digest": digest}).encode() + b"\n", TIMEOUT_S)
+            out, _ = self._process.communicate(json.dumps({"digest": digest}).encode() + b"\n", self._timeout_s)
         except subprocess.TimeoutExpired:
-            raise Cannot(f"took over {TIMEOUT_S:.0f} s") from None
+            raise Cannot(f"took over {self._timeout_s:.0f} s") from None
         lines = out.decode(errors="replace").strip().splitlines()
         if self._process.returncode != 0 or not lines:
             raise Cannot(self._why(""))
@@ -178,7 +180,7 @@ class _Process:
         while stdout is not None:
             left_s = self._deadline - time.monotonic()
             if left_s <= 0 or not select.select([stdout], [], [], left_s)[0]:
-                raise Cannot(f"took over {TIMEOUT_S:.0f} s to start")
+                raise Cannot(f"took over {self._timeout_s:.0f} s to start")
             line = stdout.readline()
             if not line:
                 break
@@ -191,7 +193,7 @@ class _Process:
         result = _parsed(line)
         if result is not None and "cannot" in result:
             return str(result["cannot"])
-        code = self._process.wait(TIMEOUT_S)
+        code = self._process.wait(self._timeout_s)
         self._said.seek(0)
         said = self._said.read().decode(errors="replace").strip().splitlines()
         if code == 0:

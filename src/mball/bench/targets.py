@@ -29,10 +29,12 @@ class Target:
 
 
 class Results:
-    """Reports by their setting."""
+    """Reports by their setting: those from a GPU, without verification."""
 
     def __init__(self, reports: Sequence[Report]) -> None:
-        self._reports = [report for report in reports if report.setting["device"] != "cpu"]
+        self._reports = [
+            report for report in reports if report.setting["device"] != "cpu" and not report.setting["verify"]
+        ]
 
     def judge(self, target: Target) -> tuple[str, str]:
         """Reached, and `yes`, `no` or nothing where it wasn't measured."""
