@@ -11,7 +11,7 @@ import select
 import sys
 from pathlib import Path
 
-INTERVAL_S = 0.02
+INTERVAL_S = 0.05
 
 
 def private_bytes(pid: int) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -49,6 +50,9 @@ async def run(control_fd: int, spec: WorkerSpec) -> int:
     with _stopped_by_signals(stopping), contextlib.closing(channel):
         try:
             service = _open(spec)
+            # What is there now stays: each later collection, one a demotion, looks at new objects alone.
+            gc.collect()
+            gc.freeze()
             verbs = Verbs(service, channel, stopping.set)
             hello = _hello(service)
             listener = _listen(spec.socket_path)
