@@ -34,7 +34,7 @@ def load(
     rounds: Annotated[int, typer.Option(min=1, help="Fresh processes per contender.")] = 5,
     threads: Annotated[int | None, typer.Option(min=1, help="MBALL's reader threads. Default: its choice.")] = None,
     limit: Annotated[
-        float | None, typer.Option(min=0, help="Seconds that a contender's turns may take in all; each has one.")
+        float | None, typer.Option(min=0, help="A contender whose first call takes so many seconds is called once.")
     ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds a turn may take.")] = 900.0,
     verify: Annotated[bool, typer.Option("--verify", help="MBALL checks every byte against the manifest.")] = False,

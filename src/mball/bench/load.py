@@ -33,7 +33,7 @@ _PACKAGES = (
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is measured. `limit_s`: what a contender's turns may take in all, but for its first;
+    """What is measured. `limit_s`: a contender whose first call takes longer is called once;
     `timeout_s`: a process that takes so long for a turn is given up. `copies`: the folder for
     the cold state's copies of the model (None: beside the model)."""
 
@@ -158,6 +158,7 @@ def _contenders(model_path: Path, checkpoint: Checkpoint, settings: Settings, st
         threads=settings.threads,
         cold=state == "cold",
         verify=settings.verify,
+        limit_s=settings.limit_s,
     )
     if state == "image":
         fd = image.create("mball-bench", checkpoint.image_bytes)

@@ -24,15 +24,16 @@ from mball.units import MiB
 _STAGING_BYTES = 64 * MiB
 
 
-def on_cpu(loader: Loader, nbytes: int, *, digest: bool = False, cold: bool = False) -> dict[str, Any]:
-    """`peak_bytes` of memory above the start, in the first call. Twice `nbytes` of memory were touched before."""
+def on_cpu(loader: Loader, nbytes: int, *, digest: bool = False, limit_s: float | None = None) -> dict[str, Any]:
+    """`peak_bytes` of memory above the start, in the first call. Twice `nbytes` of memory were touched before. A first
+    call that takes more than `limit_s` is the only one."""
     touch(2 * nbytes)
     Path("/proc/self/clear_refs").write_text("5")
     before = status_bytes("VmRSS")
     seconds, tensors = _timed(loader, None)
     result: dict[str, Any] = {"bytes": nbytes, "first_s": seconds}
     result["peak_bytes"] = status_bytes("VmHWM") - before
-    if not cold:
+    if limit_s is None or seconds <= limit_s:
         del tensors
         _let_go(loader)
         result["steady_s"], tensors = _timed(loader, None)
@@ -42,8 +43,11 @@ def on_cpu(loader: Loader, nbytes: int, *, digest: bool = False, cold: bool = Fa
     return result
 
 
-def on_gpu(loader: Loader, nbytes: int, device: str, *, digest: bool = False, cold: bool = False) -> dict[str, Any]:
-    """The process has a context and nothing else before the clock. Memory is sampled in the first call alone."""
+def on_gpu(
+    loader: Loader, nbytes: int, device: str, *, digest: bool = False, limit_s: float | None = None
+) -> dict[str, Any]:
+    """The process has a context and nothing else before the clock. Memory is sampled in the first call alone. A first
+    call that takes more than `limit_s` is the only one."""
     torch.cuda.init()  # type: ignore[no-untyped-call]
     torch.zeros(1, device=device)
     torch.cuda.synchronize(device)
@@ -53,7 +57,7 @@ def on_gpu(loader: Loader, nbytes: int, device: str, *, digest: bool = False, co
     result["private_bytes"] = sampled.private_bytes
     result["host_bytes"] = sampled.host_bytes
     result["vram_extra_bytes"] = sampled.device_bytes - nbytes
-    if not cold:
+    if limit_s is None or seconds <= limit_s:
         del tensors
         _let_go(loader)
         torch.cuda.empty_cache()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
 import subprocess
 import tempfile
@@ -61,42 +62,52 @@ def run(
 ) -> list[Outcome]:
     """Time all in an order that turns every round; whose first round's result is not the reference's is out.
 
-    All processes of a round start together, as importing takes long, and then work one at a time. A contender gets no
-    further turn where another like its longest would take it past `limit_s` in all; one that takes `timeout_s` to
-    start, or for a turn, is given up.
+    Processes start together, as importing takes long, those of several rounds where there are cores for them, and then
+    work one at a time. A contender whose first call (`first_s`) takes more than `limit_s` has one round. One that takes
+    `timeout_s` to start, or for a turn, is given up.
     """
     outcomes = [Outcome(contender.name) for contender in contenders]
-    turns_s: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for number in range(rounds):
-        entered = [
-            (contender, outcome)
-            for contender, outcome in zip(contenders, outcomes, strict=True)
-            if outcome.not_run is None and (limit_s is None or _fits(turns_s[contender.name], limit_s))
-        ]
-        step = f"round {number + 1} of {rounds}"
-        progress(f"{step}: starting")
+    pairs = list(zip(contenders, outcomes, strict=True))
+    at_once = max(1, 2 * len(os.sched_getaffinity(0)) // max(1, len(pairs)))
+    for first in range(0, rounds, at_once):
+        numbers = range(first, min(first + at_once, rounds))
+        progress(f"round {first + 1} of {rounds}: starting")
         with contextlib.ExitStack() as ends:
-            started = [(*pair, ends.enter_context(_Process(pair[0], timeout_s))) for pair in entered]
-            for _, outcome, process in started:
-                _guarded(outcome, number, process.wait_ready)
-            for contender, outcome, process in rotated(started, number):
-                if outcome.not_run is not None:
-                    continue
-                progress(f"{step}: {contender.name}")
-                begin = time.monotonic()
-                result = _guarded(outcome, number, _turn, contender, process, number == 0)
-                turns_s[contender.name].append(time.monotonic() - begin)
-                if result is None:
-                    continue
-                outcome.facts |= result.pop("facts", {})
-                digests = result.pop("digests", {})
-                if number == 0 and contender.compared:
-                    outcome.not_run = difference(digests, reference)
-                    outcome.facts["compared"] = len(digests.keys() & reference.keys())
+            entered = [(number, *pair) for number in numbers for pair in pairs if _goes_on(pair[1], limit_s)]
+            started = {
+                (number, contender.name): ends.enter_context(_Process(contender, timeout_s))
+                for number, contender, _ in entered
+            }
+            for number, contender, outcome in entered:
                 if outcome.not_run is None:
-                    outcome.rounds.append(result)
-        after_round(outcomes)
+                    _guarded(outcome, number, started[number, contender.name].wait_ready)
+            for number in numbers:
+                for contender, outcome in rotated(pairs, number):
+                    if _goes_on(outcome, limit_s):
+                        progress(f"round {number + 1} of {rounds}: {contender.name}")
+                        _round(contender, outcome, number, started[number, contender.name], reference)
+                after_round(outcomes)
     return outcomes
+
+
+def _goes_on(outcome: Outcome, limit_s: float | None) -> bool:
+    slow = limit_s is not None and bool(outcome.rounds) and outcome.rounds[0].get("first_s", 0.0) > limit_s
+    return outcome.not_run is None and not slow
+
+
+def _round(
+    contender: Contender, outcome: Outcome, number: int, process: _Process, reference: Mapping[str, str]
+) -> None:
+    result = _guarded(outcome, number, _turn, contender, process, number == 0)
+    if result is None:
+        return
+    outcome.facts |= result.pop("facts", {})
+    digests = result.pop("digests", {})
+    if number == 0 and contender.compared:
+        outcome.not_run = difference(digests, reference)
+        outcome.facts["compared"] = len(digests.keys() & reference.keys())
+    if outcome.not_run is None:
+        outcome.rounds.append(result)
 
 
 def rotated(items: Sequence[T], turn: int) -> list[T]:
@@ -112,10 +123,6 @@ def difference(digests: Mapping[str, str], reference: Mapping[str, str]) -> str 
         return "its result has none of the names that the reference has"
     wrong = sorted(name for name in common if digests[name] != reference[name])
     return f"its result differs from the reference: {', '.join(wrong[:3])}" if wrong else None
-
-
-def _fits(turns_s: Sequence[float], limit_s: float) -> bool:
-    return not turns_s or sum(turns_s) + max(turns_s) <= limit_s
 
 
 def _turn(contender: Contender, process: _Process, digest: bool) -> dict[str, Any]:
