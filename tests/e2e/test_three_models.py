@@ -34,7 +34,7 @@ QUESTIONS = ("Name a colour.", "What is 2 + 2?", "Say hello in French.", "Name a
 
 async def ask(client: openai.AsyncOpenAI, model: str, question: str, **options: Any) -> str:
     answer = await client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=8, **options
+        model=model, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=6, **options
     )
     assert answer.model == model
     assert answer.usage is not None
