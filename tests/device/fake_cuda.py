@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 
@@ -46,7 +47,7 @@ class FakeRuntime:
             nbytes = self.registered.pop(address)
         for stream in self.streams:
             for _, source in stream.pending:
-                assert not address <= source.data_ptr() < address + nbytes, "unregistered under a copy"
+                assert not address <= source < address + nbytes, "unregistered under a copy"
 
     def stream(self) -> Stream:
         self.streams.append(FakeStream(self))
@@ -62,7 +63,7 @@ class FakeRuntime:
 
 class FakeStream:
     def __init__(self, runtime: FakeRuntime) -> None:
-        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.pending: list[tuple[Callable[[], object], int]] = []
         self.done = 0
         self._runtime = runtime
         self._lock = threading.RLock()
@@ -71,15 +72,21 @@ class FakeStream:
     def enter(self) -> None:
         self._entered.yes = True
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        self._begin(lambda: ctypes.memmove(target, source, nbytes), source, nbytes)
+
+    def cast(self, target: Tensor, source: Tensor) -> None:
+        self._begin(lambda: target.copy_(source), source.data_ptr(), source.nbytes)
+
+    def _begin(self, work: Callable[[], object], source: int, nbytes: int) -> None:
         assert self._entered.yes
         self._runtime.at_copy()
-        if self._runtime.reachable(source.data_ptr(), source.nbytes):
+        if self._runtime.reachable(source, nbytes):
             with self._lock:
-                self.pending.append((target, source))
+                self.pending.append((work, source))
         else:
             self._runtime.pageable_copies += 1
-            target.copy_(source)
+            work()
 
     def mark(self, again: Mark | None = None) -> Mark:
         with self._lock:
@@ -92,8 +99,7 @@ class FakeStream:
     def run(self, upto: int) -> None:
         with self._lock:
             while self.done < upto:
-                target, source = self.pending.pop(0)
-                target.copy_(source)
+                self.pending.pop(0)[0]()
                 self.done += 1
 
 

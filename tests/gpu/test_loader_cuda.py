@@ -72,9 +72,9 @@ def test_slow_copies_are_waited_for_before_a_buffer_is_used_again_and_at_the_end
 ) -> None:
     copy = CudaStream.copy
 
-    def slow(stream: CudaStream, target: Tensor, source: Tensor) -> None:
+    def slow(stream: CudaStream, target: int, source: int, nbytes: int) -> None:
         torch.cuda._sleep(50_000_000)
-        copy(stream, target, source)
+        copy(stream, target, source, nbytes)
 
     monkeypatch.setattr(CudaStream, "copy", slow)
     RINGS.release()
@@ -133,9 +133,7 @@ def test_cancelled_and_too_large_loads_leave_nothing(
     cancel = threading.Event()
     allocated_bytes = torch.cuda.memory_allocated()
     copy = CudaStream.copy
-    monkeypatch.setattr(
-        CudaStream, "copy", lambda stream, target, source: (copy(stream, target, source), cancel.set())[0]
-    )
+    monkeypatch.setattr(CudaStream, "copy", lambda stream, *copied: (copy(stream, *copied), cancel.set())[0])
     with pytest.raises(Cancelled):
         weights.load(threads=2, cancel=cancel)
     assert torch.cuda.memory_allocated() == allocated_bytes

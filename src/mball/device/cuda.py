@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mball.device.host import node_cpus
-from mball.errors import RegistrationFailed
+from mball.errors import DeviceError, RegistrationFailed
 from mball.units import format_bytes
 
 _PORTABLE = 1
@@ -27,8 +29,12 @@ class Stream(Protocol):
 
     def enter(self) -> None: ...
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        """Begin to copy, cast where the dtypes differ. The source must stay as it is until a later mark is past."""
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Begin to copy from an address of the host to one of the device; the source must stay as it is until a later
+        mark is past. Raises DeviceError."""
+
+    def cast(self, target: Tensor, source: Tensor) -> None:
+        """The same of tensors whose dtypes differ."""
 
     def mark(self, again: Mark | None = None) -> Mark:
         """A mark behind every copy so far; `again`, one of this runtime's that is past, is used again."""
@@ -95,12 +101,22 @@ class CudaStream:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         # The destination's memory may still be in use by work queued before.
         self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._handle = self._stream.cuda_stream
+        self._driver = driver()
+        self._context = ctypes.c_void_p()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream(device).query()
+            _check("cuCtxGetCurrent", self._driver.cuCtxGetCurrent(ctypes.byref(self._context)))
 
     def enter(self) -> None:
         torch.cuda.set_device(self._device)
         torch.cuda.set_stream(self._stream)
+        _check("cuCtxSetCurrent", self._driver.cuCtxSetCurrent(self._context))
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        _check("cuMemcpyHtoDAsync", self._driver.cuMemcpyHtoDAsync_v2(target, source, nbytes, self._handle))
+
+    def cast(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
     def mark(self, again: Mark | None = None) -> Mark:
@@ -109,7 +125,8 @@ class CudaStream:
         return mark
 
     def finish(self) -> None:
-        self._stream.synchronize()
+        # Not by the stream: that would spin on a core.
+        self.mark().wait()
 
 
 class CudaMark:
@@ -118,4 +135,25 @@ class CudaMark:
         self.event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        self.event.synchronize()
+        # A look does not give up the GIL, which a busy process takes long to give back.
+        if not self.event.query():  # type: ignore[no-untyped-call]
+            self.event.synchronize()
+
+
+@cache
+def driver() -> ctypes.PyDLL:
+    """The driver's library, called with the GIL held: these calls return at once, and a thread that gives the GIL up
+    for one waits longer to have it back. Raises DeviceError."""
+    try:
+        library = ctypes.PyDLL("libcuda.so.1")
+    except OSError as error:
+        raise DeviceError(f"the CUDA driver's library can't be loaded: {error}") from error
+    library.cuCtxGetCurrent.argtypes = (ctypes.c_void_p,)
+    library.cuCtxSetCurrent.argtypes = (ctypes.c_void_p,)
+    library.cuMemcpyHtoDAsync_v2.argtypes = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    return library
+
+
+def _check(call: str, result: int) -> None:
+    if result:
+        raise DeviceError(f"{call} failed: CUDA error {result}")

@@ -124,7 +124,7 @@ def through(
             transfer.chunks(extents),
             total_bytes,
             transfer.lane,
-            threads=chosen.threads,
+            threads=transfer.threads,
             progress=options.progress,
             cancel=options.cancel,
             when_idle=idle,

@@ -82,24 +82,22 @@ def chunked(extents: Iterable[Extent], chunk_bytes: int = CHUNK_BYTES) -> list[E
     return chunks
 
 
-def grouped(extents: Iterable[Extent], chunk_bytes: int, shifts: Sequence[int] | None = None) -> list[Chunk]:
+def grouped(extents: Iterable[Extent], chunk_bytes: int, shifts: Sequence[int] | None = None) -> Iterator[Chunk]:
     """The same bytes in the order of the files, neighbours in the file together.
 
     No chunk reaches over a multiple of `chunk_bytes` (itself one of 8 KiB) of the position, which is the byte of the
     file plus the shard's of `shifts`; a cast one, and one in runs, is merely not larger than half of `chunk_bytes`.
     """
-    chunks: list[Chunk] = []
     group: list[Extent] = []
     for extent in sorted(extents, key=lambda extent: (extent.shard, extent.start)):
         shift = shifts[extent.shard] if shifts is not None else 0
         for part in _cut(extent, chunk_bytes, shift):
             if group and not _joins(group, part, chunk_bytes, shift):
-                chunks.append(_chunk(group))
+                yield _chunk(group)
                 group = []
             group.append(part)
     if group:
-        chunks.append(_chunk(group))
-    return chunks
+        yield _chunk(group)
 
 
 def _cut(extent: Extent, chunk_bytes: int, shift: int) -> Iterator[Extent]:

@@ -45,7 +45,7 @@ def read(
         units,
         sum(extent.nbytes for extent in extents),
         lambda: _Reader(source, open_lane(), verify),
-        threads=threads,
+        threads=max(1, min(threads, len(units))),
         progress=progress,
         cancel=cancel,
         when_idle=idle,

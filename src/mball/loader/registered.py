@@ -36,10 +36,9 @@ class RegisteredImage:
         return self._mapping.address + position
 
     @property
-    def registered_bytes(self) -> int:
-        whole = sum(self._registered) * PIECE_BYTES
-        last = len(self._registered) * PIECE_BYTES - self._mapping.nbytes
-        return whole - last if self._registered and self._registered[-1] else whole
+    def registered(self) -> bool:
+        """All of it."""
+        return all(self._registered)
 
     def close(self) -> None:
         """Let go of the pages; no copy may be under way. Idempotent."""

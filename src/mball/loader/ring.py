@@ -7,9 +7,6 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from mball.device.cuda import Mark, Runtime
 from mball.device.mapping import Mapping
 from mball.errors import RegistrationFailed
@@ -23,11 +20,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Buffer:
-    """`memory` and `tensor` are the same bytes. `mark` is behind the last copy out of them."""
+    """`mark` is behind the last copy out of it."""
 
     address: int
     memory: memoryview
-    tensor: Tensor
     mark: Mark | None = None
     ready: bool = False
     registered: bool = False
@@ -77,7 +73,7 @@ class Ring:
     def _buffer(self, number: int) -> Buffer:
         begin = number * self.buffer_bytes
         memory = memoryview(self._mapping.buffer).cast("B")[begin : begin + self.buffer_bytes]
-        return Buffer(self._mapping.address + begin, memory, torch.frombuffer(memory, dtype=torch.uint8))
+        return Buffer(self._mapping.address + begin, memory)
 
     def _prepare(self, buffer: Buffer) -> None:
         self._mapping.populate(buffer.address - self._mapping.address, self.buffer_bytes)

@@ -98,9 +98,13 @@ class Source:
         return start - begin
 
     def resident_share(self, shard: int, start: int, nbytes: int) -> float | None:
-        """Of these bytes of a shard's file; an image is all there. None where the system won't say."""
+        """Of these bytes of a shard's file, as far as it goes; an image is all there.
+
+        None where the system won't say.
+        """
         if self._image_fd is not None:
             return 1.0
+        nbytes = min(nbytes, self._checkpoint.shards[shard].size_bytes - start)
         try:
             return resident_share(self._fds[shard], start, nbytes)
         except OSError as error:

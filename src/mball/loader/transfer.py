@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -20,6 +20,12 @@ from mball.loader.registered import IMAGES, PIECE_BYTES, RegisteredImage
 from mball.loader.ring import RINGS, Buffer, Ring, warn_once
 from mball.loader.source import Source
 from mball.loader.tuning import Profile
+from mball.units import MiB
+
+_PROBE_BYTES = 64 * MiB
+"""Of a file, asked about together whether they are in the page cache."""
+
+_REGISTERING_THREADS = 4
 
 
 class Transfer:
@@ -42,6 +48,7 @@ class Transfer:
         `tee` is given all that is read: a shard, the first byte in its file, the bytes. Then nothing is mapped.
         """
         self.memory = memory
+        self._base = memory.data_ptr()
         self.source = source
         self.runtime = runtime
         self.profile = profile
@@ -54,16 +61,17 @@ class Transfer:
         self._tight = total_bytes > host.available_bytes()
         self._mappable = tee is None and (source.image_fd is None or self.image is not None)
         self._direct = source.image_fd is None
+        self._resident: dict[tuple[int, int], float | None] = {}
         self._ring_key = f"{type(runtime).__name__} {memory.device}"
         self._ring: Ring | None = None
         self._lock = threading.Lock()
         self._bytes: Counter[Way] = Counter()
 
-    def chunks(self, extents: Iterable[Extent]) -> list[Chunk]:
+    def chunks(self, extents: Iterable[Extent]) -> Iterator[Chunk]:
         chunk_bytes = PIECE_BYTES if self.image is not None else self.profile.chunk_bytes
         return grouped(extents, chunk_bytes, self.source.shifts)
 
-    def parts(self, chunk: Chunk) -> list[Chunk]:
+    def parts(self, chunk: Chunk) -> Iterable[Chunk]:
         """What fits a buffer of the ring."""
         room = self.profile.buffer_bytes
         if chunk.nbytes <= room // 2 or (chunk.plain and chunk.start % room + chunk.nbytes <= room):
@@ -83,11 +91,18 @@ class Transfer:
                 self._ring = RINGS.take(self._ring_key, self.runtime, self.profile.buffer_bytes, self.profile.buffers)
             return self._ring
 
+    @property
+    def threads(self) -> int:
+        """A registered image is copied by one thread, registered by a few: the driver does it one piece at a time."""
+        if self.image is None:
+            return max(1, min(self.profile.threads, self._total_bytes // MiB))
+        return 1 if self.image.registered else min(self.profile.threads, _REGISTERING_THREADS)
+
     def way(self, chunk: Chunk) -> Way:
         ways = self._ways
         asked = len(ways) > 1 and self.source.image_fd is None
         return choose(
-            resident=self.source.resident_share(chunk.shard, chunk.start, chunk.nbytes) if asked else None,
+            resident=self._resident_share(chunk) if asked else None,
             cores=0 if self.image is not None else self.profile.cores,
             mappable=self._mappable and chunk.plain,
             direct=self._direct and chunk.extents[0].runs is None,
@@ -95,22 +110,27 @@ class Transfer:
             allowed=ways,
         )
 
+    def _resident_share(self, chunk: Chunk) -> float | None:
+        region = (chunk.shard, chunk.start // _PROBE_BYTES)
+        if region not in self._resident:
+            self._resident[region] = self.source.resident_share(chunk.shard, region[1] * _PROBE_BYTES, _PROBE_BYTES)
+        return self._resident[region]
+
     def enter(self) -> None:
         """The calling thread copies for this load from now on."""
         host.pin_thread(self.cpus)
         self.stream.enter()
 
-    def put(self, extents: Iterable[Extent], read: Tensor) -> None:
-        """Begin the copies of what was read, one extent behind the other, to where they belong."""
-        memory, at = self.memory, 0
+    def put(self, extents: Iterable[Extent], address: int) -> None:
+        """Begin the copies of what was read to an address, one extent behind the other, to where they belong."""
         for extent in extents:
-            source = read[at : at + extent.nbytes]
-            at += extent.nbytes
             if extent.cast is None:
-                self.stream.copy(memory[extent.offset : extent.offset + extent.nbytes], source)
+                self.stream.copy(self._base + extent.offset, address, extent.nbytes)
             else:
                 end = extent.offset + extent.cast.target_bytes(extent.nbytes)
-                self.stream.copy(memory[extent.offset : end].view(extent.cast.target), source.view(extent.cast.source))
+                target = self.memory[extent.offset : end].view(extent.cast.target)
+                self.stream.cast(target, _tensor_at(address, extent.nbytes).view(extent.cast.source))
+            address += extent.nbytes
 
     def went(self, way: Way, nbytes: int) -> None:
         with self._lock:
@@ -185,7 +205,7 @@ class CudaLane:
                     source.read_extent(buffer.memory[: part.nbytes], part.extents[0])
             if self._transfer.tee is not None:
                 self._transfer.tee(part.shard, part.start, buffer.memory[head : head + part.nbytes])
-            self._transfer.put(part.extents, buffer.tensor[head : head + part.nbytes])
+            self._transfer.put(part.extents, buffer.address + head)
             buffer.mark = self._stream.mark(buffer.mark)
         finally:
             ring.give(buffer)
@@ -199,7 +219,7 @@ class CudaLane:
         except (OSError, RegistrationFailed) as error:
             self._transfer.no_mapping(error)
             return False
-        self._transfer.put(chunk.extents, _tensor_at(address, chunk.nbytes))
+        self._transfer.put(chunk.extents, address)
         self._windows.append((registered, self._stream.mark()))
         self._retire(self._transfer.profile.depth)
         return True
@@ -241,7 +261,7 @@ class RingLane:
     def commit(self, extent: Extent) -> None:
         if self._buffer is None:
             raise RuntimeError("commit() without a buffer()")
-        self._transfer.put((extent,), self._buffer.tensor[: extent.nbytes])
+        self._transfer.put((extent,), self._buffer.address)
         self._buffer.mark = self._transfer.stream.mark(self._buffer.mark)
         self._transfer.ring().give(self._buffer)
         self._transfer.went(Way.RING, extent.nbytes)

@@ -15,7 +15,16 @@ PINNED_BYTES = 512 * MiB
 PINNED_SHARE = 0.25
 """Of the memory that is still to be had, at most so much is pinned."""
 
+BUFFER_BYTES = 8 * MiB
+"""One read: smaller ones wait for the interpreter's lock, larger ones pin more and leave the processor's cache."""
+
 MOST_THREADS = 16
+
+SPARE_CORES = 2
+"""Left to whoever wakes the readers: with a reader on every core they wait for the interpreter's lock instead."""
+
+SPARE_BUFFERS = 6
+"""Being copied to the device while each thread fills one. A small ring stays in the processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +47,17 @@ class Profile:
 def profile(
     threads: int | None = None,
     *,
-    buffer_bytes: int = 16 * MiB,
+    buffer_bytes: int = BUFFER_BYTES,
     pinned_bytes: int = PINNED_BYTES,
     cpus: int | None = None,
     room_bytes: int | None = None,
 ) -> Profile:
-    """For this process: `threads` where they are given, else one a core up to MOST_THREADS."""
+    """For this process: `threads` where they are given, else one a core less SPARE_CORES, up to MOST_THREADS."""
     cpus = usable_cpus() if cpus is None else cpus
     room_bytes = available_bytes() if room_bytes is None else room_bytes
-    threads = max(1, threads if threads is not None else min(max(cpus, 2), MOST_THREADS))
+    if threads is None:
+        threads = min(cpus - SPARE_CORES, MOST_THREADS) if cpus > FEW_CORES else 2
+    threads = max(1, threads)
     limit_bytes = min(pinned_bytes, int(room_bytes * PINNED_SHARE))
-    buffer_bytes, buffers = bounded(buffer_bytes, 2 * threads, limit_bytes, threads)
+    buffer_bytes, buffers = bounded(buffer_bytes, threads + SPARE_BUFFERS, limit_bytes, threads)
     return Profile(min(cpus, threads), threads, buffer_bytes, buffers)

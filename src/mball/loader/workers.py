@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Protocol, TypeVar
 
@@ -37,7 +36,7 @@ class Worker(Protocol[_Unit]):
 
 
 def work_through(
-    units: Sequence[Unit],
+    units: Iterable[Unit],
     total_bytes: int,
     open_worker: Callable[[], Worker[Unit]],
     *,
@@ -46,12 +45,12 @@ def work_through(
     cancel: threading.Event | None = None,
     when_idle: Callable[[], None] = lambda: None,
 ) -> int:
-    """Do every unit, in about the order given; the bytes done.
+    """Do every unit, in about the order given, which is asked for one by one; the bytes done.
 
     Raises the first failing thread's error, Cancelled, or TimeoutError after STALL_S without a byte. `when_idle` is
     called once no thread works any more: not at all where one hangs in the kernel, which may still write.
     """
-    work = deque(units)
+    work, turn = iter(units), threading.Lock()
     meter = _Meter(total_bytes)
     stop = threading.Event()
 
@@ -59,17 +58,16 @@ def work_through(
         worker = open_worker()
         try:
             while not stop.is_set() and not (cancel is not None and cancel.is_set()):
-                try:
-                    unit = work.popleft()
-                except IndexError:
+                with turn:
+                    unit = next(work, None)
+                if unit is None:
                     return
                 meter.add(worker.take(unit))
         finally:
             worker.finish()
 
-    workers = max(1, min(threads, len(units)))
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="mball-read")
-    running = {pool.submit(run) for _ in range(workers)}
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="mball-read")
+    running = {pool.submit(run) for _ in range(threads)}
     try:
         _watch(running, meter, progress)
     finally:
