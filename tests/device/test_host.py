@@ -60,7 +60,8 @@ def test_a_thread_is_kept_on_the_cores_it_may_use_and_no_other_thread_is() -> No
     thread.join(10)
     assert seen == [{wanted}, {wanted}]
     assert os.sched_getaffinity(0) == mine
-    assert usable_cpus() == len(mine)
+    assert usable_cpus() == len(mine) == usable_cpus(frozenset({4096}))
+    assert usable_cpus(frozenset({wanted, 4096})) == 1
 
 
 def group(folder: Path, limit: str, used: int, inactive: int) -> None:

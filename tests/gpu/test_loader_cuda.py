@@ -78,7 +78,7 @@ def test_slow_copies_are_waited_for_before_a_buffer_is_used_again_and_at_the_end
 
     monkeypatch.setattr(CudaStream, "copy", slow)
     RINGS.release()
-    monkeypatch.setattr(filling, "profile", lambda threads: Profile(16, 2, 2 * MiB, 2))
+    monkeypatch.setattr(filling, "profile", lambda threads, cpus: Profile(16, 2, 2 * MiB, 2))
     loaded = load(tmp_path, "cuda", threads=2)
     # From the end of the file: what was copied last would be missing first.
     for name in sorted(loaded, key=lambda name: loaded[name].data_ptr(), reverse=True):

@@ -71,7 +71,7 @@ class Machine:
     def fill(
         self, options: Options | None = None, image_fd: int | None = None, extents: list[Extent] | None = None
     ) -> tuple[Filled, Tensor]:
-        self._monkeypatch.setattr(filling, "profile", lambda threads: self.profile)
+        self._monkeypatch.setattr(filling, "profile", lambda threads, cpus: self.profile)
         extents = self.extents() if extents is None else extents
         slab = HostSlab(2 * self.checkpoint.nbytes + 4096)
         slab.memory().fill_(171)
@@ -261,11 +261,12 @@ def test_a_cancelled_load_drains_and_holds_nothing(machine: Machine, ways: set[W
     assert machine.rings.idle_bytes == 0
 
 
+@pytest.mark.parametrize("by", [8, 250_000])
 @pytest.mark.parametrize("ways", [{Way.RING}, {Way.MAPPED}, {Way.DIRECT}, {Way.BUFFERED}])
-def test_a_file_that_shrinks_is_an_error_that_names_it(machine: Machine, ways: set[Way]) -> None:
+def test_a_file_that_shrinks_is_an_error_that_names_it(machine: Machine, ways: set[Way], by: int) -> None:
     path = machine.checkpoint.shards[1].path
     size = path.stat().st_size
-    machine.runtime.at_copy = lambda: os.truncate(path, size - 250_000)
+    machine.runtime.at_copy = lambda: os.truncate(path, size - by)
     machine.profile = replace(FEW, threads=1)
     with pytest.raises(ReadError, match=r"2\.safetensors"):
         machine.fill(Options(ways=ways))

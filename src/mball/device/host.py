@@ -13,9 +13,10 @@ MEMINFO = Path("/proc/meminfo")
 _COPYING_THREADS = 8
 
 
-def usable_cpus() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
+def usable_cpus(among: frozenset[int] = frozenset()) -> int:
+    """Cores that this process may run on, of those given where it may run on any of them."""
+    mine = os.sched_getaffinity(0)
+    return len(mine & among) or len(mine)
 
 
 def host_threads() -> int:

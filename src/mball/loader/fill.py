@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mball.device.cuda import CudaRuntime, Runtime
-from mball.device.host import host_threads
+from mball.device.host import host_threads, usable_cpus
 from mball.loader.checkpoint import Checkpoint
 from mball.loader.lanes import FileLane, HostLane, Lane, TeeLane, write_all
 from mball.loader.manifest import Manifest
@@ -91,7 +91,8 @@ def through(
     source: Source,
 ) -> Filled:
     """As `fill`, by a GPU's runtime. Closes the source."""
-    chosen = profile(options.threads)
+    near = runtime.cpus()
+    chosen = profile(options.threads, cpus=usable_cpus(near))
     total_bytes = sum(extent.nbytes for extent in extents)
     transfer = Transfer(
         slab.memory(),
@@ -100,7 +101,7 @@ def through(
         chosen,
         total_bytes=total_bytes,
         ways=options.ways,
-        cpus=runtime.cpus(),
+        cpus=near,
         tee=_tee(checkpoint, options.fill_image_fd),
     )
 
