@@ -11,10 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mball.device.cuda import CudaRuntime, CudaStream
+from mball.device.host import usable_cpus
 from mball.device.mapping import Mapping
 from mball.errors import Cancelled, DeviceOutOfMemory, RegistrationFailed
-from mball.loader import Checkpoint, Way, Weights, image, load
+from mball.loader import Checkpoint, Slice, Way, Weights, image, load, stream, tune
 from mball.loader import fill as filling
+from mball.loader.paths import FEW_CORES
 from mball.loader.registered import IMAGES
 from mball.loader.ring import RINGS
 from mball.loader.slab import CudaSlab
@@ -140,3 +142,19 @@ def test_cancelled_and_too_large_loads_leave_nothing(
     with pytest.raises(DeviceOutOfMemory):
         CudaSlab(4096 * GiB, torch.device("cuda")).populate()
     assert torch.cuda.memory_allocated() == allocated_bytes
+
+
+def test_a_probe_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    choice = tune("cuda")
+    assert choice.threads >= 1
+    assert (tmp_path / "mball/loader-probe.json").exists() == (usable_cpus() > FEW_CORES)
+
+
+def test_parts_of_tensors_and_a_stream(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    for rank in range(4):
+        loaded = load(tmp_path, "cuda", include={"w*"}, slices={"w*[02468]": Slice(0, rank, 4), "w7": Slice(1, 0, 1)})
+        for name, tensor in loaded.items():
+            wanted = tensors[name].chunk(4)[rank] if name[-1] in "02468" else tensors[name]
+            assert torch.equal(tensor.cpu(), wanted)
+    assert all(torch.equal(tensor.cpu(), tensors[name]) for name, tensor in stream(tmp_path, "cuda"))

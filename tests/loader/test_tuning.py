@@ -1,9 +1,19 @@
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mball.loader.paths import FEW_CORES
 from mball.loader.tuning import PINNED_BYTES, PINNED_SHARE, profile
 from mball.units import GiB, MiB
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_remembered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def test_a_large_machine() -> None:

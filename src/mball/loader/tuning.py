@@ -1,8 +1,11 @@
-"""How many threads, how large a buffer: from what the machine has."""
+"""How many threads, how large a buffer: from what the machine has, and what a probe of it (see probe) found."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from mball.device.host import available_bytes, usable_cpus
 from mball.loader.paths import FEW_CORES
@@ -26,6 +29,8 @@ SPARE_CORES = 2
 SPARE_BUFFERS = 6
 """Being copied to the device while each thread fills one. A small ring stays in the processor's cache."""
 
+_MACHINE_ID = Path("/etc/machine-id")
+
 
 @dataclass(frozen=True, slots=True)
 class Profile:
@@ -44,20 +49,70 @@ class Profile:
         return self.window_bytes if self.cores <= FEW_CORES else self.buffer_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a probe chooses."""
+
+    threads: int
+    buffer_bytes: int
+
+
+def default_choice(cpus: int) -> Choice:
+    """One thread a core less SPARE_CORES, up to MOST_THREADS."""
+    return Choice(min(cpus - SPARE_CORES, MOST_THREADS) if cpus > FEW_CORES else 2, BUFFER_BYTES)
+
+
 def profile(
     threads: int | None = None,
     *,
-    buffer_bytes: int = BUFFER_BYTES,
     pinned_bytes: int = PINNED_BYTES,
     cpus: int | None = None,
     room_bytes: int | None = None,
+    choice: Choice | None = None,
 ) -> Profile:
-    """For this process: `threads` where they are given, else one a core less SPARE_CORES, up to MOST_THREADS."""
+    """For this process: `threads` where they are given; else `choice`, what a probe found here, or the default."""
     cpus = usable_cpus() if cpus is None else cpus
     room_bytes = available_bytes() if room_bytes is None else room_bytes
-    if threads is None:
-        threads = min(cpus - SPARE_CORES, MOST_THREADS) if cpus > FEW_CORES else 2
-    threads = max(1, threads)
+    choice = choice or (remembered(cpus) if threads is None else None) or default_choice(cpus)
+    threads = max(1, threads if threads is not None else choice.threads)
     limit_bytes = min(pinned_bytes, int(room_bytes * PINNED_SHARE))
-    buffer_bytes, buffers = bounded(buffer_bytes, threads + SPARE_BUFFERS, limit_bytes, threads)
+    buffer_bytes, buffers = bounded(choice.buffer_bytes, threads + SPARE_BUFFERS, limit_bytes, threads)
     return Profile(min(cpus, threads), threads, buffer_bytes, buffers)
+
+
+def remembered(cpus: int) -> Choice | None:
+    """What a probe found on this machine with so many cores; None where there was none, or its file is damaged."""
+    try:
+        found = json.loads(_cache().read_text())[_key(cpus)]
+        choice = Choice(int(found["threads"]), int(found["buffer_bytes"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    sane = 1 <= choice.threads <= 4 * MOST_THREADS and choice.buffer_bytes in range(MiB, PINNED_BYTES, MiB)
+    return choice if sane else None
+
+
+def remember(cpus: int, choice: Choice) -> None:
+    """Raises OSError."""
+    path = _cache()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        known = {}
+    known = known if isinstance(known, dict) else {}
+    begun = path.with_name(f"{path.name}.{os.getpid()}")
+    begun.write_text(json.dumps(known | {_key(cpus): asdict(choice)}, indent=1) + "\n")
+    begun.replace(path)
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "mball" / "loader-probe.json"
+
+
+def _key(cpus: int) -> str:
+    try:
+        machine = _MACHINE_ID.read_text().strip()
+    except OSError:
+        machine = ""
+    return f"{machine} {cpus} cores"
