@@ -74,11 +74,17 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["TERM", "KILL"])
+ENDINGS = [
+    pytest.param(number, step, id=f"{number.name}-{step}")
+    for number in (signal.SIGTERM, signal.SIGKILL)
+    for step in STEPS
+    # Nothing but the manager ends what a worker forked.
+    if (number, step) != (signal.SIGKILL, "forked")
+]
+
+
+@pytest.mark.parametrize(("number", "step"), ENDINGS)
 async def test_no_process_stays(device: SimulatedDevice, runtime_dir: Path, number: int, step: str) -> None:
-    if number == signal.SIGKILL and step == "forked":
-        pytest.skip("nothing but the manager ends what a worker forked")
     server = subprocess.Popen(  # noqa: ASYNC220
         [sys.executable, "-c", SERVER, str(device.path), str(runtime_dir), repr(STEPS[step])],
         stdout=subprocess.PIPE,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from mball.device.account import OpenAccount
 from mball.memory.spec import WorkerSpec
 from mball.server.engine import open_engine
 from mball.server.engine.engine import GenerateEngine
+from tests.demo_models import demo_model
 
 SMALL = {
     "vocab_size": 199,
@@ -48,8 +48,6 @@ CONFIGS: dict[str, Any] = {
     "mistral_window": lambda: MistralConfig(**SMALL, sliding_window=7),
     "gemma2_softcap": lambda: Gemma2Config(**SMALL, head_dim=8, query_pre_attn_scalar=8, sliding_window=9),
 }
-
-DEMO = Path(__file__).parents[3] / ".demo" / "models"
 
 
 @pytest.fixture(scope="session")
@@ -115,17 +113,9 @@ def engine_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Genera
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    path = DEMO / "smollm2-135m"
-    if not path.is_dir():
-        if "demo-models" in os.environ.get("MBALL_REQUIRE", ""):
-            pytest.fail(f"no demo model at {path}; run `make models`")
-        pytest.skip("no demo model: run `make models`")
-    return path
+    return demo_model("smollm2-135m")
 
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    path = DEMO / "all-minilm-l6-v2"
-    if not path.is_dir():
-        pytest.skip("no demo model: run `make models`")
-    return path
+    return demo_model("all-minilm-l6-v2")

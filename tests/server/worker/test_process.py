@@ -30,7 +30,8 @@ from mball.units import MiB
 from tests.server.worker.conftest import until
 
 WAIT_S = 120.0
-DEMO = Path(__file__).parents[3] / ".demo" / "models"
+from tests.demo_models import demo_model
+
 HELLO = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -179,9 +180,7 @@ async def test_images(spec: WorkerSpec, tmp_path: Path) -> None:
 
 
 async def test_a_demotion_gives_the_memory_back(tmp_path: Path) -> None:
-    model = DEMO / "smollm2-135m"
-    if not model.is_dir():
-        pytest.skip("the demo models are not prepared")
+    model = demo_model("smollm2-135m")
     async with started(WorkerSpec(model="smollm2", path=str(model), max_num_seqs=2), tmp_path) as worker:
         hello = worker.event("hello")
         assert hello is not None
@@ -205,9 +204,7 @@ async def test_a_demotion_gives_the_memory_back(tmp_path: Path) -> None:
 
 
 async def test_embeddings(tmp_path: Path) -> None:
-    model = DEMO / "all-minilm-l6-v2"
-    if not model.is_dir():
-        pytest.skip("the demo models are not prepared")
+    model = demo_model("all-minilm-l6-v2")
     async with started(WorkerSpec(model="minilm", path=str(model), task="embed"), tmp_path) as worker:
         await worker.call("promote", epoch=1)
         assert (await worker.call("canary"))["ok"] is True
