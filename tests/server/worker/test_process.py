@@ -27,10 +27,10 @@ from mball.memory import control
 from mball.memory.process import environment
 from mball.memory.spec import WorkerSpec
 from mball.units import MiB
+from tests.demo_models import demo_model
 from tests.server.worker.conftest import until
 
 WAIT_S = 120.0
-from tests.demo_models import demo_model
 
 HELLO = [{"role": "user", "content": "What is the capital of France?"}]
 
