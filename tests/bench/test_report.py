@@ -91,4 +91,4 @@ def test_the_machine_in_words() -> None:
     assert all(described.values())
     assert "core" in described["cpu"]
     assert "gpu" in machine.describe("cuda:0")
-    assert machine.versions(["torch", "no-such-package"]).keys() == {"torch"}
+    assert machine.versions(["torch", "no-such-package"]).keys() == {"mball", "torch"}

@@ -71,7 +71,7 @@ def test_all_reached() -> None:
     assert "6.7 × runai (6.0 GiB/s)" in texts
     assert "83% / 86%" in texts
     assert "0.050 s/GiB" in texts
-    assert "20 MiB" in texts
+    assert "20.00 MiB / 20.00 MiB" in texts
 
 
 def replace(state: str, outcome: Outcome, cores: str = "") -> Callable[[list[Report]], None]:
@@ -114,7 +114,16 @@ def test_what_was_not_measured_is_said() -> None:
     cpu = report("warm", measured("mball", 30.0, 40.0), device="cpu")
     found = verdicts([cpu, report("warm", measured("mball", 30.0, 40.0), verify="every byte")])
     assert {verdict for _, verdict in found.values()} == {""}
-    assert all(text.startswith("not measured: ") for text, _ in found.values())
+    assert all(text.startswith("not measured") for text, _ in found.values())
+
+
+def test_a_part_that_was_measured_is_shown_and_judged_alone_when_it_is_wrong() -> None:
+    warm = good()[:1]
+    found = verdicts(warm)
+    assert found["VRAM beyond the weights, at most, warm / cold"] == ("20.00 MiB / not measured", "")
+    replace("warm", measured("mball", 30.0, 40.0, **{**SMALL, "vram_extra_bytes": 65.0 * MiB}))(warm)
+    found = verdicts(warm)
+    assert found["VRAM beyond the weights, at most, warm / cold"] == ("65.00 MiB / not measured", "**no**")
 
 
 def test_the_page() -> None:

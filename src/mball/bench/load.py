@@ -26,9 +26,7 @@ from mball.units import format_bytes
 
 STATES = ("warm", "image", "cold")
 _SOURCES = {"warm": "from the page cache", "image": "from its DRAM image", "cold": "from the disk"}
-_PACKAGES = (
-    *("mball", "torch", "safetensors", "transformers", "fastsafetensors", "runai-model-streamer", "instanttensor"),
-)
+_PACKAGES = (*("torch", "safetensors", "transformers", "fastsafetensors", "runai-model-streamer", "instanttensor"),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pynvml  # type: ignore[import-untyped]
 
+import mball
 from mball.units import format_bytes
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -48,8 +49,8 @@ def _gpu(device: str) -> dict[str, str]:
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """The installed versions of the packages that are installed."""
-    found: dict[str, str] = {}
+    """MBALL's version, and those of the packages that are installed."""
+    found = {"mball": mball.__version__}
     for package in packages:
         try:
             found[package] = metadata.version(package)

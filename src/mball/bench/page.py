@@ -36,6 +36,12 @@ _PEERS = (
     "“mball, module”, the one that MBALL's engine serves."
 )
 
+_INTRODUCTION = (
+    "Medians over the rounds that the last column of each table counts: a run that was cut off has fewer than its "
+    "command asked for, and fewer than five are a sign rather than a result. The first table is made from the others; "
+    "what was wanted is for one H100."
+)
+
 NOTES: dict[tuple[str, str], list[str]] = {
     ("warm", "CPU"): [
         "From the page cache into the CPU's memory. First: the first call in a process, after as much memory was "
@@ -99,7 +105,7 @@ def page(reports: Sequence[Report], plots: Mapping[int, Path], folder: Path) -> 
         return markdown(reports[0], columns_of(reports[0]), places.get(0))
     results = Results(reports)
     rows = [(target, results.judge(target)) for target in TARGETS]
-    lines = ["# Loading weights", "", "| figure | wanted | reached | |", "| --- | --- | --- | --- |"]
+    lines = ["# Loading weights", "", _INTRODUCTION, "", "| figure | wanted | reached | |", "| --- | --- | --- | --- |"]
     lines += [f"| {target.figure} | {target.wanted} | {text} | {verdict} |" for target, (text, verdict) in rows]
     sections = [
         markdown(report, columns_of(report), places.get(number), level=2) for number, report in enumerate(reports)
