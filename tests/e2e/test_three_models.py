@@ -27,7 +27,7 @@ REQUESTS = 300
 PROMOTIONS = 60
 IN_FLIGHT = 5
 BUDGET_BYTES = 700 * MiB
-"""Room for the largest of the three, whose weights are 513 MiB, beside what sleeping workers hold; for no two of them."""
+"""Room for the largest of the three beside what sleeping workers hold, and for no two of them."""
 KV_BYTES = {name: (48 if name.endswith("fp32") else 96) * MiB for name in CHAT_MODELS}
 QUESTIONS = ("Name a colour.", "What is 2 + 2?", "Say hello in French.", "Name an animal that swims.")
 
