@@ -8,7 +8,7 @@ from mball.device import proc
 
 
 class CpuDevice:
-    """Counts Private_* of smaps_rollup above a worker's idle baseline; shared pages (images, libraries) don't count."""
+    """Counts private dirty memory above a worker's idle baseline; images and libraries don't count."""
 
     name = "cpu"
     context_bytes = 0

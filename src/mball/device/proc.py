@@ -22,10 +22,15 @@ def start_ticks(pid: int) -> int | None:
 
 
 def private_bytes(pid: int) -> int | None:
-    """Private_Clean + Private_Dirty + Private_Hugetlb of smaps_rollup; None where the process is gone or a zombie."""
+    """Private_Dirty + Private_Hugetlb of smaps_rollup; None where the process is gone or a zombie.
+
+    Private_Clean is left out: a library's pages turn from private to shared when another process maps them too, and
+    the kernel drops them at need. A worker's figure must not change with its neighbours' lives.
+    """
     try:
         text = (PROC / str(pid) / "smaps_rollup").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    kib = [int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_")]
+    kinds = ("Private_Dirty:", "Private_Hugetlb:")
+    kib = [int(line.split()[1]) for line in text.splitlines() if line.startswith(kinds)]
     return sum(kib) * 1024 if kib else None
