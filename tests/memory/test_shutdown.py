@@ -97,9 +97,9 @@ async def test_no_process_stays(device: SimulatedDevice, runtime_dir: Path, numb
         assert server.poll() is None
         server.send_signal(number)
         await until(lambda: server.poll() is not None)
-        await until(lambda: not workers_of(runtime_dir), 5.0)
+        await until(lambda: not workers_of(runtime_dir))
         assert server.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL)
-        await until(lambda: device.holders() == {}, 5.0)
+        await until(lambda: device.holders() == {})
     finally:
         server.kill()
         output = server.communicate()[0]
