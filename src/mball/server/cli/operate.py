@@ -6,6 +6,7 @@ import json
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -25,10 +26,9 @@ def table(state: dict[str, Any]) -> Table:
         f"{format_bytes(device['promised_bytes'])} promised of {format_bytes(device['total_bytes'])}"
         f"   dram: {format_bytes(dram['image_bytes'])} of {format_bytes(dram['total_bytes'])}"
     )
-    view = Table(title=title, title_justify="left", header_style="bold")
-    for name in ("model", "rung", "device", "in flight", "queued", "swaps", "last swap", "load"):
-        left = name in ("model", "rung")
-        view.add_column(name, justify="left" if left else "right", no_wrap=name == "model", overflow="fold")
+    view = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("model", "rung", "device", "running", "queued", "swaps", "last", "GiB/s"):
+        view.add_column(name, justify="left" if name in ("model", "rung") else "right", no_wrap=True)
     styles = {"device": "green", "dram": "yellow", "failed": "red"}
     for model in state["models"]:
         shown = model["shown_as"]
@@ -41,7 +41,7 @@ def table(state: dict[str, Any]) -> Table:
             str(model["queued"]),
             str(model["promotions"]),
             f"{swap:.2f} s" if swap is not None else "",
-            f"{rate:.1f} GiB/s" if rate is not None else "",
+            f"{rate:.1f}" if rate is not None else "",
         )
     return view
 
