@@ -26,7 +26,7 @@ def table(state: dict[str, Any]) -> Table:
         f"{format_bytes(device['promised_bytes'])} promised of {format_bytes(device['total_bytes'])}"
         f"   dram: {format_bytes(dram['image_bytes'])} of {format_bytes(dram['total_bytes'])}"
     )
-    view = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    view = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=0)
     for name in ("model", "rung", "device", "running", "queued", "swaps", "last", "GiB/s"):
         view.add_column(name, justify="left" if name in ("model", "rung") else "right", no_wrap=True)
     styles = {"device": "green", "dram": "yellow", "failed": "red"}
