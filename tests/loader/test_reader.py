@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mball.device.memfd import Writer
 from mball.errors import Cancelled, ReadError
 from mball.loader import workers
 from mball.loader.checkpoint import Checkpoint, Shard, TensorInfo
@@ -160,6 +161,6 @@ def test_a_full_file_system_is_an_error(checkpoint: Checkpoint) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     try:
         with pytest.raises(OSError, match="No space left"):
-            read(extents(checkpoint), Source(checkpoint), lambda: FileLane(full), threads=2)
+            read(extents(checkpoint), Source(checkpoint), lambda: FileLane(Writer(full, huge=False)), threads=2)
     finally:
         os.close(full)

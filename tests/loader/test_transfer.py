@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mball.device.memfd import Writer
 from mball.errors import Cancelled, DigestMismatch, ReadError
 from mball.loader import fill as filling
 from mball.loader import image, transfer
@@ -76,7 +78,10 @@ class Machine:
         slab = HostSlab(2 * self.checkpoint.nbytes + 4096)
         slab.memory().fill_(171)
         source = Source(self.checkpoint, image_fd)
-        filled = through(self.runtime, extents, self.checkpoint, slab, options or Options(), source)
+        options = options or Options()
+        into = options.fill_image_fd
+        with nullcontext() if into is None else closing(Writer(into, huge=True)) as writer:
+            filled = through(self.runtime, extents, self.checkpoint, slab, options, source, writer)
         return filled, slab.memory()
 
     def check(self, memory: Tensor) -> None:

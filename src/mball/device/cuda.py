@@ -15,6 +15,7 @@ from mball.units import format_bytes
 
 _PORTABLE = 1
 _READ_ONLY = 8
+_NON_BLOCKING = 1
 
 
 class Mark(Protocol):
@@ -98,7 +99,7 @@ class CudaRuntime:
 class CudaStream:
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _stream_of(device)
         # The destination's memory may still be in use by work queued before.
         self._stream.wait_stream(torch.cuda.current_stream(device))
         self._handle = self._stream.cuda_stream
@@ -129,6 +130,16 @@ class CudaStream:
         self.mark().wait()
 
 
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all loads to a device. Not of torch's pool: its first stream makes 32, which cost 64 MiB there."""
+    handle = ctypes.c_void_p()
+    with torch.cuda.device(device):
+        torch.cuda.current_stream(device).query()
+        _check("cuStreamCreate", driver().cuStreamCreate(ctypes.byref(handle), _NON_BLOCKING))
+    return torch.cuda.ExternalStream(handle.value, device=device)  # type: ignore[no-untyped-call]
+
+
 class CudaMark:
     def __init__(self) -> None:
         # Blocking: a thread that waits leaves its core to those that read.
@@ -148,6 +159,7 @@ def driver() -> ctypes.PyDLL:
         library = ctypes.PyDLL("libcuda.so.1")
     except OSError as error:
         raise DeviceError(f"the CUDA driver's library can't be loaded: {error}") from error
+    library.cuStreamCreate.argtypes = (ctypes.c_void_p, ctypes.c_uint)
     library.cuCtxGetCurrent.argtypes = (ctypes.c_void_p,)
     library.cuCtxSetCurrent.argtypes = (ctypes.c_void_p,)
     library.cuMemcpyHtoDAsync_v2.argtypes = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)

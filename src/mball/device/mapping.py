@@ -15,23 +15,23 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 class Mapping:
-    """Anonymous private memory, or the pages of a file read-only (`fd`, which may be closed afterwards).
+    """Anonymous private memory, or the pages of a file (`fd`, which may be closed afterwards), read-only or `writable`.
 
     `buffer` exports the bytes to torch and memoryview without a copy and without owning them: after `close` its memory
     must not be touched any more, and what a file's mapping exports must never be written.
     """
 
-    def __init__(self, nbytes: int, fd: int | None = None) -> None:
+    def __init__(self, nbytes: int, fd: int | None = None, *, writable: bool = False) -> None:
         """Address space only. Raises OSError."""
         self.nbytes = nbytes
-        self._of_file = fd is not None
-        protection = mmap.PROT_READ if fd is not None else mmap.PROT_READ | mmap.PROT_WRITE
+        self._writable = writable or fd is None
+        protection = mmap.PROT_READ | mmap.PROT_WRITE if self._writable else mmap.PROT_READ
         flags = mmap.MAP_SHARED if fd is not None else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         address = libc.LIBC.mmap(None, max(nbytes, 1), protection, flags, -1 if fd is None else fd, 0)
         if address is None or address == _MAP_FAILED:
             raise libc.error("mmap")
         self.address = int(address)
-        if fd is None:
+        if self._writable:
             # Only a hint: without it the memory is there all the same.
             libc.LIBC.madvise(self.address, nbytes, mmap.MADV_HUGEPAGE)
 
@@ -45,11 +45,20 @@ class Mapping:
         Raises OSError: ENOMEM where there is no memory, EFAULT where the file ends before, EIO. A kernel older than
         5.14 can't, and does it at the first touch.
         """
-        advice = _MADV_POPULATE_READ if self._of_file else _MADV_POPULATE_WRITE
+        advice = _MADV_POPULATE_WRITE if self._writable else _MADV_POPULATE_READ
         if libc.LIBC.madvise(self.address + offset, nbytes, advice) != 0:
             failed = libc.error("madvise")
             if failed.errno != libc.EINVAL:
                 raise failed
+
+    def forget(self, offset: int, nbytes: int) -> None:
+        """Map these bytes of a file (whole pages) no more until they are touched again. Private ones are lost."""
+        libc.LIBC.madvise(self.address + offset, nbytes, mmap.MADV_DONTNEED)
+
+    @property
+    def whole_pages(self) -> int:
+        """Bytes of all its pages, the last one as a whole."""
+        return -(-self.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
     def close(self) -> None:
         """Idempotent."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from mball.device.cuda import CudaRuntime, Runtime
 from mball.device.host import host_threads, usable_cpus
+from mball.device.memfd import Writer
 from mball.loader.checkpoint import Checkpoint
-from mball.loader.lanes import FileLane, HostLane, Lane, TeeLane, write_all
+from mball.loader.lanes import FileLane, HostLane, Lane, TeeLane
 from mball.loader.manifest import Manifest
 from mball.loader.paths import EVERY_WAY, Way
 from mball.loader.plan import Extent, chunked, uncovered
@@ -55,25 +57,35 @@ def fill(
 
     Raises ReadError, DigestMismatch, Cancelled, TimeoutError.
     """
-    source = Source(checkpoint, image_fd)
     memory = slab.memory()
-    if memory.device.type == "cuda":
-        filled = through(CudaRuntime(memory.device), extents, checkpoint, slab, options, source)
-    else:
-        filled = _on_the_host(extents, checkpoint, memory, options, source)
-    if options.fill_image_fd is not None:
-        _complete(extents, checkpoint, options.fill_image_fd, options)
+    with ExitStack() as ends:
+        image: Writer | None = None
+        if options.fill_image_fd is not None:
+            image = Writer(options.fill_image_fd)
+            ends.callback(image.close)
+        source = Source(checkpoint, image_fd)
+        if memory.device.type == "cuda":
+            filled = through(CudaRuntime(memory.device), extents, checkpoint, slab, options, source, image)
+        else:
+            filled = _on_the_host(extents, checkpoint, memory, options, source, image)
+        if image is not None:
+            _complete(extents, checkpoint, image, options)
     return filled
 
 
 def _on_the_host(
-    extents: Sequence[Extent], checkpoint: Checkpoint, memory: Tensor, options: Options, source: Source
+    extents: Sequence[Extent],
+    checkpoint: Checkpoint,
+    memory: Tensor,
+    options: Options,
+    source: Source,
+    image: Writer | None,
 ) -> Filled:
     threads = options.threads if options.threads is not None else host_threads()
     nbytes = read(
         chunked(extents),
         source,
-        lambda: _teed(HostLane(memory), checkpoint, options),
+        lambda: _teed(HostLane(memory), checkpoint, image),
         threads=threads,
         progress=options.progress,
         cancel=options.cancel,
@@ -89,6 +101,7 @@ def through(
     slab: Slab,
     options: Options,
     source: Source,
+    image: Writer | None = None,
 ) -> Filled:
     """As `fill`, by a GPU's runtime. Closes the source."""
     near = runtime.cpus()
@@ -102,7 +115,7 @@ def through(
         total_bytes=total_bytes,
         ways=options.ways,
         cpus=near,
-        tee=_tee(checkpoint, options.fill_image_fd),
+        tee=_tee(checkpoint, image),
     )
 
     def idle() -> None:
@@ -113,7 +126,7 @@ def through(
         read(
             chunked(extents, chosen.buffer_bytes),
             source,
-            lambda: _teed(RingLane(transfer), checkpoint, options),
+            lambda: _teed(RingLane(transfer), checkpoint, image),
             threads=chosen.threads,
             progress=options.progress,
             cancel=options.cancel,
@@ -133,18 +146,18 @@ def through(
     return Filled(total_bytes, transfer.bytes_by_way)
 
 
-def _teed(lane: Lane, checkpoint: Checkpoint, options: Options) -> Lane:
-    return lane if options.fill_image_fd is None else TeeLane(lane, options.fill_image_fd, checkpoint.image_shifts)
+def _teed(lane: Lane, checkpoint: Checkpoint, image: Writer | None) -> Lane:
+    return lane if image is None else TeeLane(lane, image, checkpoint.image_shifts)
 
 
-def _tee(checkpoint: Checkpoint, image_fd: int | None) -> Callable[[int, int, memoryview], None] | None:
-    if image_fd is None:
+def _tee(checkpoint: Checkpoint, image: Writer | None) -> Callable[[int, int, memoryview], None] | None:
+    if image is None:
         return None
     shifts = checkpoint.image_shifts
-    return lambda shard, start, content: write_all(image_fd, content, start + shifts[shard])
+    return lambda shard, start, content: image.write(content, start + shifts[shard])
 
 
-def _complete(extents: Sequence[Extent], checkpoint: Checkpoint, image_fd: int, options: Options) -> None:
+def _complete(extents: Sequence[Extent], checkpoint: Checkpoint, image: Writer, options: Options) -> None:
     """An image is whole shards: what the load had no use for is read for the image alone."""
     missing = [
         Extent(number, start, nbytes, start + shard.image_offset - shard.data_start)
@@ -157,7 +170,7 @@ def _complete(extents: Sequence[Extent], checkpoint: Checkpoint, image_fd: int, 
         read(
             chunked(missing),
             Source(checkpoint),
-            lambda: FileLane(image_fd),
+            lambda: FileLane(image),
             threads=host_threads(),
             cancel=options.cancel,
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import closing
 
 from mball.device.host import host_threads
-from mball.device.memfd import create, seal
+from mball.device.memfd import Writer, create, seal
 from mball.errors import ReadError
 from mball.loader.checkpoint import Checkpoint
 from mball.loader.lanes import FileLane
@@ -38,12 +39,13 @@ def fill(
         Extent(number, shard.data_start, shard.data_bytes, shard.image_offset)
         for number, shard in enumerate(checkpoint.shards)
     )
-    return read(
-        extents,
-        Source(checkpoint),
-        lambda: FileLane(image_fd),
-        threads=threads if threads is not None else host_threads(),
-        progress=progress,
-        cancel=cancel,
-        verify=verify.verifier(checkpoint) if verify is not None else None,
-    )
+    with closing(Writer(image_fd)) as image:
+        return read(
+            extents,
+            Source(checkpoint),
+            lambda: FileLane(image),
+            threads=threads if threads is not None else host_threads(),
+            progress=progress,
+            cancel=cancel,
+            verify=verify.verifier(checkpoint) if verify is not None else None,
+        )

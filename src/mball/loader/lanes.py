@@ -5,13 +5,13 @@ A lane says which memory an extent is read into, and is told when it is there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mball.device.memfd import Writer
 from mball.loader.plan import CHUNK_BYTES, Extent
 
 
@@ -50,18 +50,17 @@ class HostLane:
 
 
 class FileLane:
-    """Writes into a file, such as an image, through a scratch of one chunk. A full file system is an OSError here,
-    where a mapping would end the process with SIGBUS."""
+    """Writes into an image, through a scratch of one chunk."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, image: Writer) -> None:
+        self._image = image
         self._scratch = memoryview(bytearray(CHUNK_BYTES))
 
     def buffer(self, extent: Extent) -> memoryview:
         return self._scratch[: extent.nbytes]
 
     def commit(self, extent: Extent) -> None:
-        write_all(self._fd, self._scratch[: extent.nbytes], extent.offset)
+        self._image.write(self._scratch[: extent.nbytes], extent.offset)
 
     def finish(self) -> None:
         pass
@@ -71,9 +70,9 @@ class TeeLane:
     """Another lane, and what goes through it is written into an image on the way. `shifts` are, by shard, what to add
     to a byte of its file to have the image's."""
 
-    def __init__(self, lane: Lane, image_fd: int, shifts: Sequence[int]) -> None:
+    def __init__(self, lane: Lane, image: Writer, shifts: Sequence[int]) -> None:
         self._lane = lane
-        self._fd = image_fd
+        self._image = image
         self._shifts = shifts
         self._buffer = memoryview(b"")
 
@@ -82,18 +81,11 @@ class TeeLane:
         return self._buffer
 
     def commit(self, extent: Extent) -> None:
-        write_all(self._fd, self._buffer[: extent.nbytes], extent.start + self._shifts[extent.shard])
+        self._image.write(self._buffer[: extent.nbytes], extent.start + self._shifts[extent.shard])
         self._lane.commit(extent)
 
     def finish(self) -> None:
         self._lane.finish()
-
-
-def write_all(fd: int, content: memoryview, at: int) -> None:
-    """Raises OSError."""
-    written = 0
-    while written < len(content):
-        written += os.pwrite(fd, content[written:], at + written)
 
 
 def _put(extent: Extent, buffer: Tensor, base: Tensor) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ from mball.server.engine import attention
 from mball.server.engine.kv_cache import KVGeometry
 
 AttentionInterface.register(attention.NAME, attention.paged_attention)
+
+_INITIALISED = "_is_hf_initialized"
+"""transformers' mark on a tensor that its `initialization` functions leave as it is."""
 
 _PAGED_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -152,8 +156,7 @@ def _build(
     if model_class is not None and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         options["add_pooling_layer"] = False
     try:
-        # Buffers are computed by the constructors and hold real values; parameters are names and shapes alone.
-        with init_empty_weights(include_buffers=False):
+        with _weightless():
             module = auto.from_config(config, dtype=dtype, attn_implementation=implementation, **options)
     except (ValueError, KeyError, ImportError, AttributeError) as error:
         raise UnsupportedCheckpoint(f"transformers builds no model of it: {error}", file=spec.path) from error
@@ -162,6 +165,25 @@ def _build(
     module.tie_weights()  # init_empty_weights makes a parameter of its own of every name
     module.train(False)
     return module
+
+
+@contextmanager
+def _weightless() -> Iterator[None]:
+    """Parameters are names and shapes alone, and no time is spent on initialising them; buffers are computed by the
+    constructors and hold real values."""
+    with init_empty_weights(include_buffers=False):
+        register = torch.nn.Module.register_parameter
+
+        def registered(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+            register(module, name, param)
+            if param is not None:
+                setattr(module._parameters[name], _INITIALISED, True)
+
+        torch.nn.Module.register_parameter = registered  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _check_attention(spec: WorkerSpec, module: PreTrainedModel, geometry: KVGeometry) -> None:
