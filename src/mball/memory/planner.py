@@ -2,102 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mball.memory.cover import Offer, cover
 from mball.units import format_bytes
+
+Kind = Literal["balloon", "demote", "drain", "stop", "drop"]
+
+_RARE = 1 / 86_400
+"""A model that nobody asked for lately is thought to be asked for once a day: coming back is never free."""
+
+_UNDER_WAY = 1e-3
+"""What a model whose door is shut already counts for: a plan made anew keeps to what the last one began."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model whose worker lives.
+    """A model whose worker lives, or whose image is kept.
 
-    `demote_bytes` come free by demoting it (0: it is not on the device), `stop_bytes` more by stopping its worker.
-    `stay_s` is how long it has been on the device, `min_stay_s` how long it may at least stay. `rate` is in requests
-    a second; `oldest_wait_s` is the age of the oldest request that waits for it. `gated`: an earlier plan shut its
-    door already.
+    `demote_bytes` come free by demoting it (0: it is not on the device), `stop_bytes` more by stopping its worker,
+    `balloon_bytes` of `demote_bytes` are such that its engine can give them up while it serves, and `image_bytes` are
+    held in DRAM. Coming back takes `promote_s` from where its weights rest, `start_s` more after a stop, `source_s` in
+    place of `promote_s` without the image, `balloon_s` for what the balloon took. `stay_s` is how long it has been on
+    the device, `min_stay_s` how long it may at least stay. `rate` is in requests a second; `oldest_wait_s` is the age
+    of the oldest request that waits for it. The higher `priority` goes first. `gated`: an earlier plan shut its door
+    already.
     """
 
     name: str
     demote_bytes: int = 0
     stop_bytes: int = 0
+    balloon_bytes: int = 0
+    image_bytes: int = 0
     in_flight: int = 0
     pinned: bool = False
+    priority: int = 0
     stay_s: float = 0.0
     min_stay_s: float = 0.0
     rate: float = 0.0
     promote_s: float = 0.0
     start_s: float = 0.0
+    source_s: float = 0.0
+    balloon_s: float = 0.0
     oldest_wait_s: float = 0.0
     gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A device at one moment. Models that can't be moved now, such as one that is starting, are not among them."""
+    """A device, and the DRAM for images, at one moment. What is reserved for moves under way is not free, and models
+    that can't be moved now, such as one that is starting, are not among the candidates."""
 
     free_bytes: int
     candidates: tuple[Candidate, ...] = ()
+    dram_free_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """`nbytes` are wanted for `model`, whose oldest request has waited `wait_s`; at `max_wait_s` it is overdue."""
+    """`nbytes` of the device and `dram_bytes` for an image are wanted for `model`, whose oldest request has waited
+    `wait_s`; at `max_wait_s` it is overdue."""
 
     model: str
     nbytes: int
     wait_s: float = 0.0
     max_wait_s: float = float("inf")
+    dram_bytes: int = 0
+    priority: int = 0
+
+    @property
+    def overdue(self) -> bool:
+        return self.wait_s >= self.max_wait_s
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """`drain`: let no new request in, and demote once the last one has ended. `stop` frees what `demote` does too."""
+    """`balloon`: the engine gives up part of its memory and serves on. `drain`: let no new request in, and demote once
+    the last one has ended. `stop` frees what `demote` does too. `drop` frees an image. `cost` is in seconds of waiting
+    a second: arrival rate × what coming back takes."""
 
-    kind: Literal["demote", "drain", "stop"]
+    kind: Kind
     model: str
     frees_bytes: int
     reason: str
+    cost: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Item:
-    """One thing that may be given up: a stay on the device, or a worker that sleeps or was demoted by `after`."""
+class _What:
+    """An offer in the planner's words: it costs `rate` × `seconds`."""
 
+    kind: Kind
     candidate: Candidate
-    stop: bool
-    nbytes: int
-    cost: float
-
-    @property
-    def rank(self) -> tuple[bool, float, str]:
-        """The first goes first. A plan made anew keeps to the doors that the last one shut."""
-        return not self.candidate.gated, self.cost / self.nbytes, self.candidate.name
+    seconds: float
 
 
 def plan(snapshot: Snapshot, demand: Demand) -> list[Move] | None:
     """The cheapest moves found that free what the demand lacks; [] where nothing is lacking, None where none do.
 
-    Cost is what coming back would take: arrival rate × seconds; gated ones go first, then the lowest cost a byte, and
-    what turns out not to be needed stays. Idle models are taken before busy ones. Never a pinned model, the one that
-    demands, or one inside its minimum stay, unless the demand is overdue and the oldest (and a busy one has had as
-    long as its swap took).
+    Cost is what coming back would take: arrival rate × seconds. Balloons are asked first, then idle models, then busy
+    ones, which are drained; among these the cheapest together. Never a pinned model, the one that demands, or one that
+    `may_leave` protects.
     """
-    lacking = demand.nbytes - snapshot.free_bytes
-    if lacking <= 0:
+    lacking, dram_lacking = demand.nbytes - snapshot.free_bytes, demand.dram_bytes - snapshot.dram_free_bytes
+    if lacking <= 0 and dram_lacking <= 0:
         return []
-    movable = [c for c in snapshot.candidates if not c.pinned and c.name != demand.model]
-    stays = [c for c in movable if c.demote_bytes > 0 and _may_end(c, demand)]
-    asleep = [c for c in movable if c.demote_bytes <= 0 and c.stop_bytes > 0]
-    idle = [c for c in stays if c.in_flight == 0]
-    for victims in (idle, stays):
-        first = [_stay(c) for c in victims] + [_worker(c) for c in asleep]
-        further = [_worker(c) for c in victims if c.stop_bytes > 0]
-        chosen = _cheapest(first, lacking) or _cheapest(first, lacking, further)
-        if chosen:
-            return _as_moves(chosen)
-    return None
+    movable = sorted((c for c in snapshot.candidates if _movable(c, demand)), key=lambda c: c.name)
+    moves = _device_moves(movable, demand, lacking)
+    drops = _moves([[_drop(c)] for c in movable if c.image_bytes > 0], dram_lacking)
+    return None if moves is None or drops is None else moves + drops
 
 
 def next_change_s(snapshot: Snapshot, demand: Demand) -> float | None:
@@ -109,59 +124,84 @@ def next_change_s(snapshot: Snapshot, demand: Demand) -> float | None:
     return min(ahead) if ahead else None
 
 
-def _may_end(candidate: Candidate, demand: Demand) -> bool:
-    overdue = demand.wait_s >= demand.max_wait_s and demand.wait_s >= candidate.oldest_wait_s
+def may_leave(candidate: Candidate, demand: Demand) -> bool:
+    """Whether a model on the device has been there long enough to leave it for this demand.
+
+    Its minimum stay protects it, and a higher priority does, unless the demand is overdue and the oldest. What is under
+    way is not reversed by a change of the demand.
+    """
+    if candidate.gated:
+        return True
     # Under overload every demand is overdue: a stay no longer than the swap would move models and serve nobody.
     earned = candidate.in_flight == 0 or candidate.stay_s >= candidate.promote_s
-    return (overdue and earned) or candidate.stay_s >= candidate.min_stay_s
+    if demand.overdue and demand.wait_s >= candidate.oldest_wait_s and earned:
+        return True
+    return candidate.stay_s >= candidate.min_stay_s and candidate.priority <= demand.priority
 
 
-def _stay(c: Candidate) -> _Item:
-    return _Item(c, False, c.demote_bytes, c.rate * c.promote_s)
+def _movable(candidate: Candidate, demand: Demand) -> bool:
+    return not candidate.pinned and candidate.name != demand.model
 
 
-def _worker(c: Candidate) -> _Item:
-    return _Item(c, True, c.stop_bytes, c.rate * c.start_s)
+def _device_moves(movable: Sequence[Candidate], demand: Demand, lacking: int) -> list[Move] | None:
+    balloons = [[_balloon(c)] for c in movable if c.balloon_bytes > 0]
+    if (moves := _moves(balloons, lacking)) is not None:
+        return moves
+    leaving = {c.name for c in movable if c.demote_bytes <= 0 or may_leave(c, demand)}
+    for kept in ([c.name for c in movable if _busy(c)], []):
+        groups = [list(_offers(c, c.name in leaving and c.name not in kept)) for c in movable]
+        if (moves := _moves(groups, lacking)) is not None:
+            return moves
+    return None
 
 
-def _cheapest(items: list[_Item], lacking: int, further: Iterable[_Item] = ()) -> list[_Item]:
-    """By rising score until enough is free; `further` items, workers of models among `items`, come after all these."""
-    chosen: list[_Item] = []
-    for item in [*sorted(items, key=lambda i: i.rank), *sorted(further, key=lambda i: i.rank)]:
-        if _freed(chosen) >= lacking:
-            break
-        chosen.append(item)
-    if _freed(chosen) < lacking:
-        return []
-    # The dearest first: what the others make up for is kept.
-    for item in sorted(chosen, key=lambda i: (not i.candidate.gated, i.cost, i.rank, i.stop), reverse=True):
-        without = [other for other in chosen if not _goes_with(other, item)]
-        if _freed(without) >= lacking:
-            chosen = without
-    return chosen
+def _offers(c: Candidate, leaves: bool) -> Iterable[Offer[_What]]:
+    if c.balloon_bytes > 0:
+        yield _balloon(c)
+    if not leaves:
+        return
+    if c.demote_bytes > 0:
+        yield _offer("drain" if _busy(c) else "demote", c, c.demote_bytes, c.promote_s)
+    if c.stop_bytes > 0:
+        asleep = c.demote_bytes <= 0
+        seconds = c.start_s if asleep else c.promote_s + c.start_s
+        yield _offer("drain" if _busy(c) else "stop", c, c.demote_bytes + c.stop_bytes, seconds)
 
 
-def _goes_with(other: _Item, item: _Item) -> bool:
-    """A demoted model's worker can't be stopped while its weights stay."""
-    return other == item or (not item.stop and other.candidate is item.candidate)
+def _busy(c: Candidate) -> bool:
+    return c.in_flight > 0 and c.demote_bytes > 0
 
 
-def _freed(items: Iterable[_Item]) -> int:
-    return sum(item.nbytes for item in items)
+def _balloon(c: Candidate) -> Offer[_What]:
+    return _offer("balloon", c, c.balloon_bytes, c.balloon_s)
 
 
-def _as_moves(chosen: list[_Item]) -> list[Move]:
-    moves = []
-    for name in dict.fromkeys(item.candidate.name for item in chosen):
-        items = [item for item in chosen if item.candidate.name == name]
-        c, nbytes = items[0].candidate, _freed(items)
-        stays = any(not item.stop for item in items)
-        kind: Literal["demote", "drain", "stop"] = "demote"
-        if stays and c.in_flight > 0:
-            kind = "drain"
-        elif any(item.stop for item in items):
-            kind = "stop"
-        seconds = c.promote_s if stays else c.start_s
-        reason = f"{c.rate:.3g} req/s × {seconds:.2f} s ÷ {format_bytes(nbytes)} is the lowest"
-        moves.append(Move(kind, name, nbytes, reason))
-    return moves
+def _drop(c: Candidate) -> Offer[_What]:
+    return _offer("drop", c, c.image_bytes, max(0.0, c.source_s - c.promote_s))
+
+
+def _offer(kind: Kind, c: Candidate, nbytes: int, seconds: float) -> Offer[_What]:
+    # A move takes at least a moment: of two that free enough, none at all is better.
+    cost = max(c.rate, _RARE) * max(seconds, 1e-3) * (_UNDER_WAY if c.gated and kind != "drop" else 1.0)
+    return Offer(nbytes, cost, _What(kind, c, seconds))
+
+
+def _moves(groups: Sequence[Sequence[Offer[_What]]], lacking: int) -> list[Move] | None:
+    chosen = cover(groups, lacking)
+    if chosen is None:
+        return None
+    lowest = min((offer.score for group in groups for offer in group), default=0.0)
+    return [_move(offer, lowest, chosen) for offer in sorted(chosen, key=lambda o: (o.score, o.what.candidate.name))]
+
+
+def _move(offer: Offer[_What], lowest: float, chosen: Sequence[Offer[_What]]) -> Move:
+    what, c = offer.what, offer.what.candidate
+    figures = f"{c.rate:.3g} req/s × {what.seconds:.2f} s ÷ {format_bytes(offer.nbytes)}"
+    others = ", ".join(other.what.candidate.name for other in chosen if other is not offer)
+    if c.gated:
+        verdict = "was under way"
+    elif offer.score <= lowest:
+        verdict = "is the lowest"
+    else:
+        verdict = f"costs least together with {others}" if others else "is the cheapest that frees enough"
+    return Move(what.kind, c.name, offer.nbytes, f"{figures} {verdict}", offer.cost)
