@@ -80,7 +80,7 @@ def test_slow_copies_are_waited_for_before_a_buffer_is_used_again_and_at_the_end
 
     monkeypatch.setattr(CudaStream, "copy", slow)
     RINGS.release()
-    monkeypatch.setattr(filling, "profile", lambda threads, cpus: Profile(16, 2, 2 * MiB, 2))
+    monkeypatch.setattr(filling, "profile", lambda threads, **how: Profile(16, 2, 2 * MiB, 2))
     loaded = load(tmp_path, "cuda", threads=2)
     # From the end of the file: what was copied last would be missing first.
     for name in sorted(loaded, key=lambda name: loaded[name].data_ptr(), reverse=True):
@@ -146,8 +146,9 @@ def test_cancelled_and_too_large_loads_leave_nothing(
 
 def test_a_probe_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    choice = tune("cuda")
-    assert choice.threads >= 1
+    tuned = tune("cuda")
+    assert tuned.choice.threads >= 1
+    assert bool(tuned.rates) == (usable_cpus() > FEW_CORES)
     assert (tmp_path / "mball/loader-probe.json").exists() == (usable_cpus() > FEW_CORES)
 
 

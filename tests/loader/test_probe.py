@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mball.loader import probe, transfer
-from mball.loader.probe import candidates, pick, tune_with
+from mball.loader.probe import Tuned, candidates, pick, tune_with
 from mball.loader.ring import RingPool
 from mball.loader.tuning import Choice, default_choice, profile, remember, remembered
 from mball.units import GiB, MiB
@@ -58,8 +58,11 @@ def test_a_probe_copies_and_keeps_what_it_chose(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(probe, "usable_cpus", lambda cpus: 6)
     runtime = FakeRuntime()
     memory = torch.zeros(20 * MiB, dtype=torch.uint8)
-    choice = tune_with(runtime, memory)
-    assert choice in candidates(6)
+    tuned = tune_with(runtime, memory)
+    choice = tuned.choice
+    assert choice == pick(tuned.rates, default_choice(6))
+    assert list(tuned.rates) == candidates(6)
+    assert all(rate > 0 for rate in tuned.rates.values())
     assert remembered(6) == choice
     assert memory.count_nonzero() > 0.9 * memory.numel()
     rings.release()
@@ -68,5 +71,5 @@ def test_a_probe_copies_and_keeps_what_it_chose(monkeypatch: pytest.MonkeyPatch)
 
 def test_with_few_cores_there_is_nothing_to_probe(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "usable_cpus", lambda cpus: 2)
-    assert tune_with(FakeRuntime(), torch.zeros(MiB, dtype=torch.uint8)) == default_choice(2)
+    assert tune_with(FakeRuntime(), torch.zeros(MiB, dtype=torch.uint8)) == Tuned(default_choice(2), {})
     assert not cache.exists()

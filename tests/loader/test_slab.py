@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from mball.errors import DeviceOutOfMemory
+from mball.errors import DeviceError, DeviceOutOfMemory
+from mball.loader.probe import tune
 from mball.loader.slab import HostSlab, open_slab
 from mball.units import MiB
 from tests.loader.files import mapping_of
@@ -81,3 +82,11 @@ def test_an_empty_slab() -> None:
     slab.populate()
     assert slab.view(0, (0,), torch.bfloat16).numel() == 0
     assert slab.release() == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    with pytest.raises(DeviceError, match=r"cuda:3: torch .* finds no GPU"):
+        open_slab(1, torch.device("cuda:3"))
+    with pytest.raises(DeviceError, match="finds no GPU"):
+        tune()

@@ -73,7 +73,7 @@ class Machine:
     def fill(
         self, options: Options | None = None, image_fd: int | None = None, extents: list[Extent] | None = None
     ) -> tuple[Filled, Tensor]:
-        self._monkeypatch.setattr(filling, "profile", lambda threads, cpus: self.profile)
+        self._monkeypatch.setattr(filling, "profile", self._profile)
         extents = self.extents() if extents is None else extents
         slab = HostSlab(2 * self.checkpoint.nbytes + 4096)
         slab.memory().fill_(171)
@@ -83,6 +83,10 @@ class Machine:
         with nullcontext() if into is None else closing(Writer(into, huge=True)) as writer:
             filled = through(self.runtime, extents, self.checkpoint, slab, options, source, writer)
         return filled, slab.memory()
+
+    def _profile(self, threads: int | None, **how: object) -> Profile:
+        self.asked = how
+        return self.profile
 
     def check(self, memory: Tensor) -> None:
         for extent, tensor in zip(
@@ -294,4 +298,18 @@ def test_an_image_is_filled_in_the_same_pass(machine: Machine, profile: Profile,
     assert "mapped" not in filled.by_way
     machine.check(machine.fill(image_fd=fd)[1])
     machine.images.detach(fd)
+    os.close(fd)
+
+
+def test_what_is_on_the_disk_is_read_as_a_disk_wants_it(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(share: float | None, fd: int | None = None) -> tuple[object, object]:
+        monkeypatch.setattr(Source, "resident_share", lambda source, *where: share)
+        machine.fill(Options(fill_image_fd=fd))
+        return machine.asked["cold"], machine.asked["tee"]
+
+    assert asked(1.0) == (False, False)
+    assert asked(None) == (False, False)
+    assert asked(0.5) == (True, False)
+    fd = image.create("test", machine.checkpoint.image_bytes)
+    assert asked(0.0, fd) == (True, True)
     os.close(fd)

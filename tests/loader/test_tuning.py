@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mball.loader.paths import FEW_CORES
-from mball.loader.tuning import PINNED_BYTES, PINNED_SHARE, profile
+from mball.loader.tuning import DISK, PINNED_BYTES, PINNED_SHARE, profile
 from mball.units import GiB, MiB
 
 
@@ -38,3 +38,14 @@ def test_pinned_memory_is_bounded_and_each_thread_has_a_buffer(threads: int | No
     assert found.buffer_bytes % MiB == 0
     pinned = found.buffers * found.buffer_bytes
     assert pinned <= max(min(PINNED_BYTES, room_bytes * PINNED_SHARE), found.threads * MiB)
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 8, 64])
+def test_a_disk_gets_many_large_reads_whatever_the_cores(cpus: int) -> None:
+    found = profile(cpus=cpus, room_bytes=100 * GiB, cold=True)
+    assert (found.threads, found.buffer_bytes) == (DISK.threads, DISK.buffer_bytes)
+    assert found.cores == min(cpus, DISK.threads)
+    teed = profile(cpus=cpus, room_bytes=100 * GiB, cold=True, tee=True)
+    assert teed.threads > found.threads
+    assert teed.buffers * teed.buffer_bytes <= PINNED_BYTES
+    assert profile(3, cpus=cpus, room_bytes=100 * GiB, cold=True).threads == 3

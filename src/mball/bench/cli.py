@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from mball.errors import ConfigError
+from mball.units import GiB, format_bytes
 
 app = typer.Typer(help="Measure this machine, MBALL and its peers.", no_args_is_help=True)
 
@@ -61,6 +63,19 @@ def load(
         copies=copies,
     )
     run_load(model, settings, json_path=json, plot_path=plot, markdown_path=markdown, console=Console())
+
+
+@app.command()
+def tune(device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda") -> None:
+    """Measure which threads and buffers load fastest to this GPU, and keep the choice for every later load here."""
+    from mball.loader import tune as measure
+
+    tuned = measure(device)
+    table = Table("threads", "buffer", "GiB/s", "")
+    for tried, rate in tuned.rates.items():
+        chosen = "chosen" if tried == tuned.choice else ""
+        table.add_row(str(tried.threads), format_bytes(tried.buffer_bytes), f"{rate / GiB:.1f}", chosen)
+    Console().print(table if tuned.rates else "With few cores there is nothing to choose: the driver copies.")
 
 
 @app.command()

@@ -14,7 +14,7 @@ import pynvml  # type: ignore[import-untyped]
 import mball
 from mball.units import format_bytes
 
-_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 def describe(device: str = "cpu") -> dict[str, str]:
@@ -24,7 +24,8 @@ def describe(device: str = "cpu") -> dict[str, str]:
         "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores",
         "memory": format_bytes(psutil.virtual_memory().total),
         "kernel": platform.release(),
-        "transparent huge pages": _chosen(_HUGE_PAGES),
+        "transparent huge pages": _chosen(_HUGE_PAGES / "enabled"),
+        "the same for images": _chosen(_HUGE_PAGES / "shmem_enabled"),
         "python": platform.python_version(),
         "load average before": f"{os.getloadavg()[0]:.1f}",
     }

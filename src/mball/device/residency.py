@@ -10,6 +10,7 @@ from mball.device import libc
 from mball.device.mapping import Mapping, pages
 
 _CACHESTAT = 451
+_LOWEST_BIT = bytes(value & 1 for value in range(256))
 _MISSING = (errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.EACCES)
 
 
@@ -54,6 +55,6 @@ def by_mincore(fd: int, start: int, nbytes: int) -> float | None:
         flags = (ctypes.c_ubyte * (nbytes // mmap.PAGESIZE))()
         if libc.LIBC.mincore(mapping.address + start, nbytes, ctypes.byref(flags)) != 0:
             return None
-        return sum(flag & 1 for flag in flags) / len(flags)
+        return bytes(flags).translate(_LOWEST_BIT).count(1) / len(flags)
     finally:
         mapping.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from mball.device.host import usable_cpus
 from mball.loader.checkpoint import Checkpoint, Shard
 from mball.loader.paths import FEW_CORES, Way
 from mball.loader.plan import Extent
+from mball.loader.slab import open_slab
 from mball.loader.source import Source
 from mball.loader.transfer import Transfer
 from mball.loader.tuning import MOST_THREADS, SPARE_CORES, Choice, Profile, default_choice, profile, remember
@@ -29,22 +31,34 @@ CLEARLY = 1.05
 """Another choice than the default must be so many times as fast."""
 
 
-def tune(device: str | torch.device = "cuda") -> Choice:
-    """Measure, keep the best choice for later loads on this machine (in XDG_CACHE_HOME), and say it.
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """`rates` of what was tried, in bytes a second; none where there was nothing to choose."""
+
+    choice: Choice
+    rates: Mapping[Choice, float]
+
+
+def tune(device: str | torch.device = "cuda") -> Tuned:
+    """Measure, and keep the best choice for later loads on this machine (in XDG_CACHE_HOME).
 
     Takes a second or two, and PROBE_BYTES of memory on the host and on the GPU. With few cores there is nothing to
     choose. Raises DeviceError, OSError.
     """
-    target = torch.device(device)
-    return tune_with(CudaRuntime(target), torch.empty(PROBE_BYTES, dtype=torch.uint8, device=target))
+    slab = open_slab(PROBE_BYTES, torch.device(device))
+    slab.populate()
+    try:
+        return tune_with(CudaRuntime(slab.memory().device), slab.memory())
+    finally:
+        slab.close()
 
 
-def tune_with(runtime: Runtime, memory: Tensor) -> Choice:
+def tune_with(runtime: Runtime, memory: Tensor) -> Tuned:
     """As `tune`, into memory that is there."""
     cpus = usable_cpus(runtime.cpus())
     default = default_choice(cpus)
     if cpus <= FEW_CORES:
-        return default
+        return Tuned(default, {})
     fd = memfd.create("mball-probe", memory.numel())
     try:
         for at in range(0, memory.numel(), MiB):
@@ -54,7 +68,7 @@ def tune_with(runtime: Runtime, memory: Tensor) -> Choice:
         os.close(fd)
     best = pick(rates, default)
     remember(cpus, best)
-    return best
+    return Tuned(best, rates)
 
 
 def candidates(cpus: int) -> list[Choice]:

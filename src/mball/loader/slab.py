@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mball.device.account import Account, OpenAccount
-from mball.errors import DeviceOutOfMemory
+from mball.errors import DeviceError, DeviceOutOfMemory
 
 
 class Slab(Protocol):
@@ -141,7 +141,9 @@ class CudaSlab:
 
 
 def open_slab(nbytes: int, device: torch.device, account: Account | None = None) -> Slab:
-    """A slab on `cpu` or `cuda`."""
+    """A slab on `cpu` or `cuda`. Raises DeviceError where there is no such device."""
+    if device.type != "cpu" and not torch.cuda.is_available():
+        raise DeviceError(f"{device}: torch {torch.__version__} finds no GPU here (`mball doctor` says what is there)")
     return HostSlab(nbytes, account) if device.type == "cpu" else CudaSlab(nbytes, device, account)
 
 

@@ -110,6 +110,13 @@ class Source:
         except OSError as error:
             raise self._failed(error, shard, start) from error
 
+    def resident_share_of_all(self) -> float:
+        """Of every shard together; what the system won't tell counts as there. Raises ReadError."""
+        sizes = [shard.size_bytes for shard in self._checkpoint.shards]
+        shares = [self.resident_share(number, 0, nbytes) for number, nbytes in enumerate(sizes)]
+        there = sum(nbytes * (1.0 if share is None else share) for nbytes, share in zip(sizes, shares, strict=True))
+        return there / max(1, sum(sizes))
+
     def drop(self, shard: int, start: int, nbytes: int) -> None:
         """Let the page cache forget these bytes of a shard's file."""
         if self._image_fd is None:

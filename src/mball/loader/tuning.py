@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mball.device.host import available_bytes, usable_cpus
 from mball.loader.paths import FEW_CORES
 from mball.loader.ring import bounded
 from mball.units import MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a probe chooses."""
+
+    threads: int
+    buffer_bytes: int
+
 
 PINNED_BYTES = 512 * MiB
 """The most host memory that one load pins for its ring."""
@@ -28,6 +37,12 @@ SPARE_CORES = 2
 
 SPARE_BUFFERS = 6
 """Being copied to the device while each thread fills one. A small ring stays in the processor's cache."""
+
+DISK = Choice(16, 16 * MiB)
+"""What keeps a disk busy that is far away (a hypervisor's, a network's): many large reads in flight."""
+
+TEE_THREADS = 12
+"""More of them where each also writes what it read into an image, and has no read in flight meanwhile."""
 
 _MACHINE_ID = Path("/etc/machine-id")
 
@@ -49,14 +64,6 @@ class Profile:
         return self.window_bytes if self.cores <= FEW_CORES else self.buffer_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What a probe chooses."""
-
-    threads: int
-    buffer_bytes: int
-
-
 def default_choice(cpus: int) -> Choice:
     """One thread a core less SPARE_CORES, up to MOST_THREADS."""
     return Choice(min(cpus - SPARE_CORES, MOST_THREADS) if cpus > FEW_CORES else 2, BUFFER_BYTES)
@@ -69,10 +76,17 @@ def profile(
     cpus: int | None = None,
     room_bytes: int | None = None,
     choice: Choice | None = None,
+    cold: bool = False,
+    tee: bool = False,
 ) -> Profile:
-    """For this process: `threads` where they are given; else `choice`, what a probe found here, or the default."""
+    """For this process: `threads` where they are given; else `choice`, what a probe found here, or the default.
+
+    `cold`: the bytes come from the disk. `tee`: they are written into an image on the way.
+    """
     cpus = usable_cpus() if cpus is None else cpus
     room_bytes = available_bytes() if room_bytes is None else room_bytes
+    if choice is None and cold:
+        choice = replace(DISK, threads=DISK.threads + (TEE_THREADS if tee else 0))
     choice = choice or (remembered(cpus) if threads is None else None) or default_choice(cpus)
     threads = max(1, threads if threads is not None else choice.threads)
     limit_bytes = min(pinned_bytes, int(room_bytes * PINNED_SHARE))
