@@ -13,6 +13,7 @@ import structlog
 from mball.device import memfd
 from mball.errors import DeviceOutOfMemory, TransitionError
 from mball.memory.ledger import Ledger
+from mball.memory.policy import image_drops
 from mball.memory.settings import Settings
 from mball.memory.states import Process, Weights
 from mball.units import format_bytes
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from mball.memory.process import WorkerProcess
 
 _log = structlog.get_logger(__name__)
-_ADVANTAGE = 2.0
-"""By how much an image must be worth more than those that go for it: filling costs too, and figures waver."""
 
 
 @dataclass(eq=False)
@@ -48,13 +47,14 @@ class Images:
         self._changed = changed
         self._filling: set[asyncio.Task[None]] = set()
 
-    def keep(self, model: Model, models: Iterable[Model], now_s: float) -> None:
-        """Begins to fill an image of an awake model in the background, where it has none and the budget allows."""
+    def keep(self, model: Model, models: Iterable[Model], now_s: float) -> asyncio.Task[None] | None:
+        """Begins to fill a model's image in the background, where it has none and the budget allows."""
         if model.image is not None or model.worker is None or model.hello is None or model.hello.image_bytes <= 0:
-            return
+            return None
         task = asyncio.create_task(self._keep(model, list(models), now_s), name=f"image {model.name}")
         self._filling.add(task)
         task.add_done_callback(self._filling.discard)
+        return task
 
     async def attach(self, model: Model) -> None:
         """Gives a ready image to a worker that has just started. Raises TransitionError."""
@@ -125,18 +125,7 @@ class Images:
 
     def _victims(self, model: Model, models: list[Model], nbytes: int, now_s: float) -> list[Model] | None:
         """Whose images go for this one: [] where there is room, None where those that stay are worth more."""
-        lacking = nbytes - self.ledger.free_bytes
-        worth = _worth(model, nbytes, now_s)
-        owned = [(_worth(m, m.image.nbytes, now_s), m.name, m) for m in models if m.image is not None and m.image.ready]
-        chosen = []
-        for other_worth, _, other in sorted(owned, key=lambda entry: entry[:2]):
-            if lacking <= 0 or other_worth * _ADVANTAGE >= worth:
-                break
-            chosen.append(other)
-            lacking -= self.ledger.held(other.name)
-        return chosen if lacking <= 0 else None
-
-
-def _worth(model: Model, nbytes: int, now_s: float) -> float:
-    seconds = model.figures.promote_s[Weights.SOURCE].value
-    return model.queue.rate.at(now_s) * (seconds if seconds is not None else model.promote_s) / max(1, nbytes)
+        owned = {m.name: m for m in models if m.image is not None and m.image.ready}
+        kept = [m.candidate(0) for m in owned.values()]
+        drops = image_drops(model.candidate(0), nbytes, kept, self.ledger.free_bytes)
+        return None if drops is None else [owned[move.model] for move in drops]

@@ -116,8 +116,12 @@ class Model:
     def promote_s(self) -> float:
         """What bringing it back from where its weights rest takes; before it was measured, by a modest rate."""
         known = self.figures.promote_s[self.rest].value
-        if known is None:
-            known = self.figures.promote_s[Weights.SOURCE].value
+        return known if known is not None else self.source_s
+
+    @property
+    def source_s(self) -> float:
+        """The same where there is no image of it."""
+        known = self.figures.promote_s[Weights.SOURCE].value
         return known if known is not None else self.needed_bytes / self.settings.first_rate
 
     def stay_s(self) -> float:
@@ -137,13 +141,16 @@ class Model:
             self.name,
             demote_bytes=held_bytes - self.context_bytes if self.on_device else 0,
             stop_bytes=self.context_bytes if self.on_device else held_bytes,
+            image_bytes=self.image.nbytes if self.image is not None and self.image.ready else 0,
             in_flight=self.queue.in_flight,
             pinned=self.pinned,
+            priority=self.spec.priority,
             stay_s=now - self.opened_s,
             min_stay_s=self.stay_s(),
             rate=self.queue.rate.at(now),
             promote_s=self.promote_s,
             start_s=self.figures.start_s.value or 0.0,
+            source_s=self.source_s,
             oldest_wait_s=self.queue.oldest_wait_s(now),
             gated=self.gated_s is not None,
         )

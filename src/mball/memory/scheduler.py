@@ -1,4 +1,4 @@
-"""Decides what moves next: who waits longest is served first, with the cheapest moves that the plan finds."""
+"""Carries out what the policy decides, one transition at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from mball.memory.images import Images
 from mball.memory.lease import Lease
 from mball.memory.ledger import Ledger
 from mball.memory.model import Model
-from mball.memory.planner import Demand, Move, Snapshot, next_change_s, plan
+from mball.memory.planner import Move
+from mball.memory.policy import Bring, Look, Standing, decide
 from mball.memory.process import WorkerProcess
 from mball.memory.settings import Settings
 from mball.memory.states import Process
@@ -59,6 +60,9 @@ class Scheduler:
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting = 0
         self._begun = False
+        self._displaced: set[str] = set()
+        self._filling: set[str] = set()
+        self._unfilled: set[str] = set()
 
     def wake(self) -> None:
         self._wake.set()
@@ -81,129 +85,105 @@ class Scheduler:
 
     def _step(self, now: float) -> float:
         """Begins what can begin now. Returns in how many seconds to look again if nothing changes before."""
-        again: list[float] = []
-        gates = self._send_away(now, again)
-        if self._busy:
-            gates |= {m.name for m in self._models.values() if m.gated_s is not None}
-        kept = sum(max(0, m.needed_bytes - self._ledger.held(m.name)) for m in self._models.values() if m.arriving)
-        for model in sorted(self._wanting(), key=lambda m: (-m.queue.oldest_wait_s(now), m.number)):
-            if model.not_before_s > now:
-                again.append(model.not_before_s - now)
-                continue
-            goal = self._goal(model)
-            if goal is None or (goal[1] == "promote" and self._busy):
-                continue
-            nbytes, verb = goal
-            demand = Demand(model.name, nbytes, model.queue.oldest_wait_s(now), self._settings.max_wait_s)
-            snapshot = self._snapshot(kept, gates)
-            moves = plan(snapshot, demand)
-            if moves != [] and not len(model.queue):
-                model.wanted = False  # preloading takes no other's place
-            elif moves is None:
-                self._refuse_if_pinned_out(model, nbytes)
-                change = next_change_s(snapshot, demand)
-                again += [] if change is None else [change]
-                kept += max(0, nbytes - sum(c.demote_bytes + c.stop_bytes for c in snapshot.candidates if not c.pinned))
-            elif any(move.kind == "drain" for move in moves):
-                # The idle ones too: whoever entered one of them would have to be waited for next.
-                gates |= {move.model for move in moves}
-                kept += max(0, nbytes - sum(move.frees_bytes for move in moves))
-            elif verb == "start" and not moves:
-                self._launch(model, nbytes)
-            elif not self._busy:
-                kept += max(0, nbytes - sum(move.frees_bytes for move in moves))
-                model.arriving = True
-                self._begin(self._bring(model, nbytes, verb, moves), [model, *self._named(moves)])
-        again += self._gate(gates, now)
-        return min(again, default=_HEARTBEAT_S)
+        wanting = [m for m in self._models.values() if len(m.queue) or m.wanted]
+        for model in wanting:
+            if model.settled and not model.on_device and model.not_before_s <= now:
+                self._give_up_if_hopeless(model)
+        decision = decide(self._look(now), self._settings)
+        for name in decision.gone:
+            self._went(self._models[name])
+        for name in decision.grow:
+            self._ledger.promise(name, self._models[name].measured_bytes)
+        for name in decision.forget:
+            self._models[name].wanted = False
+        for name in decision.crowded:
+            self._refuse_if_pinned_out(self._models[name])
+        for start in decision.starts:
+            self._launch(self._models[start.model], start.nbytes)
+        for fill in decision.fills:
+            self._fill(self._models[fill.model], now)
+        if decision.send:
+            victims = [(self._models[name], reason) for name, reason in decision.send]
+            self._displaced -= {model.name for model, _ in victims}
+            self._begin(self._demote(victims), [model for model, _ in victims])
+        if decision.bring is not None:
+            model = self._models[decision.bring.model]
+            model.arriving = True
+            leaving = [self._models[move.model] for move in decision.bring.moves if move.kind != "balloon"]
+            self._displaced |= {victim.name for victim in leaving}
+            self._begin(self._bring(model, decision.bring), [model, *leaving])
+        self._gate(decision.gates, now)
+        return decision.again_s
 
-    @property
-    def _busy(self) -> bool:
-        return self._begun or self._lease.busy
+    def _look(self, now: float) -> Look:
+        return Look(
+            self._ledger.free_bytes,
+            [self._standing(model, now) for model in self._models.values()],
+            busy=self._begun or self._lease.busy,
+            starting=self._starting,
+            dram_free_bytes=self._images.ledger.free_bytes,
+        )
 
-    def _named(self, moves: list[Move]) -> list[Model]:
-        return [self._models[move.model] for move in moves]
+    def _standing(self, model: Model, now: float) -> Standing:
+        held, hello, keep_alive_s = self._ledger.held(model.name), model.hello, model.spec.keep_alive_s
+        context_bytes = model.context_bytes or self._device.context_bytes
+        fills = model.image is None and hello is not None and model.name not in self._unfilled
+        return Standing(
+            model.candidate(held),
+            model.number,
+            model.state.process,
+            on_device=model.on_device,
+            settled=model.settled,
+            arriving=model.arriving,
+            is_open=model.queue.is_open,
+            queued=len(model.queue),
+            wanted=model.wanted,
+            held_bytes=held,
+            needed_bytes=model.needed_bytes,
+            context_bytes=context_bytes,
+            over_bytes=max(0, model.measured_bytes - held) if model.on_device else 0,
+            ready_in_s=max(0.0, model.not_before_s - now),
+            idle_left_s=None if keep_alive_s is None else model.queue.last_used_s + keep_alive_s - now,
+            unload=model.unload is not None,
+            displaced=model.name in self._displaced and not model.crashes_in_row,
+            gated_s=None if model.gated_s is None else now - model.gated_s,
+            image_wanted_bytes=hello.image_bytes if hello is not None and fills else 0,
+            filling=model.name in self._filling,
+        )
 
-    def _wanting(self) -> list[Model]:
-        return [
-            model
-            for model in self._models.values()
-            if (len(model.queue) or model.wanted) and not (model.queue.is_open or model.on_device)
-        ]
-
-    def _send_away(self, now: float, again: list[float]) -> set[str]:
-        """Begins to demote what is to leave for its own sake; returns whose doors have to be shut for that first."""
-        gates: set[str] = set()
-        for model in self._models.values():
-            if not model.settled:
-                continue
-            reason = None
-            if model.unload is not None:
-                reason = "unloaded on request"
-                if not model.on_device:
-                    model.unload.set_result(None)
-                    model.unload = None
-                    continue
-            elif model.on_device and model.measured_bytes > self._ledger.held(model.name):
-                reason = self._relieve(model)
-            elif model.on_device and model.spec.keep_alive_s is not None and not model.pinned and model.unused:
-                left_s = model.queue.last_used_s + model.spec.keep_alive_s - now
-                again += [left_s] if left_s > 0 else []
-                reason = f"not used for {model.spec.keep_alive_s:.0f} s (keep_alive_s)" if left_s <= 0 else None
-            if reason is None:
-                continue
-            if model.queue.in_flight:
-                gates.add(model.name)
-            elif not self._busy:
-                model.queue.close()
-                self._begin(self._demote([(model, reason)]), [model])
-        return gates
-
-    def _relieve(self, model: Model) -> str | None:
-        """The model holds more than it was promised: promise it, make room for it, or else it has to leave."""
-        over = model.measured_bytes - self._ledger.held(model.name)
-        moves = plan(self._snapshot(0, set()), Demand(model.name, over, float("inf"), 0.0))
-        why = f"{model.name} holds {format_bytes(over)} more than it was promised"
-        if moves == []:
-            self._ledger.promise(model.name, model.measured_bytes)
-            return None
-        if moves is None or any(move.kind == "drain" for move in moves):
-            return f"{why}, and nothing idle can make room"
-        if not self._busy:
-            _log.warning("over budget", model=model.name, over_bytes=over)
-            self._begin(self._demote([(victim, why) for victim in self._named(moves)]), self._named(moves))
-        return None
-
-    def _goal(self, model: Model) -> tuple[int, str] | None:
-        """Bytes to be promised and the move that wants them; None where nothing is to be done now."""
-        if not model.settled:
-            return None
+    def _give_up_if_hopeless(self, model: Model) -> None:
+        """What no plan can help: too many failures, too large, or a worker that can't be stopped."""
         match model.state.process:
             case Process.GONE if model.crashes_in_row >= self._settings.start_attempts:
                 self._fail(model, f"{model.name}: {model.crashes_in_row} failures in a row, the last: {model.error}")
-            case Process.GONE if self._starting < self._settings.max_starts:
-                return model.context_bytes or self._device.context_bytes, "start"
             case Process.ALIVE if model.needed_bytes > self._ledger.total_bytes:
                 self._fail(model, does_not_fit(model, self._ledger.total_bytes), fits=False)
-            case Process.ALIVE:
-                return model.needed_bytes - self._ledger.held(model.name), "promote"
             case Process.STOPPING:
                 model.not_before_s = time.monotonic() + self._settings.cool_down_s
                 self._spawn(self._transitions.stop(model, "it could not be stopped before"), f"stop {model.name}")
-        return None
 
-    def _snapshot(self, kept_bytes: int, taken: set[str]) -> Snapshot:
-        movable = (
-            m
-            for m in self._models.values()
-            if m.name not in taken and m.settled and m.unload is None and m.state.process is Process.ALIVE
-        )
-        return Snapshot(
-            self._ledger.free_bytes - kept_bytes, tuple(m.candidate(self._ledger.held(m.name)) for m in movable)
-        )
+    def _went(self, model: Model) -> None:
+        if model.unload is not None:
+            model.unload.set_result(None)
+            model.unload = None
+            self._displaced.discard(model.name)
+
+    def _fill(self, model: Model, now: float) -> None:
+        """Others go on switching meanwhile. Where it comes to nothing, the next promotion loads from the source."""
+        task = self._images.keep(model, self._models.values(), now)
+        self._unfilled.add(model.name)
+        if task is None:
+            self._wake.set()
+            return
+        self._filling.add(model.name)
+        task.add_done_callback(lambda _: self._filled(model))
+
+    def _filled(self, model: Model) -> None:
+        self._filling.discard(model.name)
+        self._wake.set()
 
     def _launch(self, model: Model, nbytes: int) -> None:
-        self._ledger.promise(model.name, nbytes)
+        self._ledger.promise(model.name, self._ledger.held(model.name) + nbytes)
         self._starting += 1
         model.moving = True
         self._spawn(self._start(model), f"start {model.name}")
@@ -226,20 +206,15 @@ class Scheduler:
             self._starting -= 1
             model.moving = False
 
-    async def _bring(self, model: Model, nbytes: int, verb: str, moves: list[Move]) -> None:
+    async def _bring(self, model: Model, bring: Bring) -> None:
         """One transition: victims out, proof, then the model in, canary, open."""
         began, worker = time.monotonic(), model.worker
         async with self._lease.hold() as epoch:
             try:
-                for move in moves:
-                    victim = self._models[move.model]
-                    reason = f"{format_bytes(nbytes)} for {model.name}: {move.reason}"
-                    if move.kind == "stop":
-                        await self._transitions.stop(victim, reason)
-                    else:
-                        await self._transitions.demote(victim, epoch, reason)
-                if verb == "start":
-                    self._launch(model, nbytes)
+                for move in bring.moves:
+                    await self._execute(move, epoch, f"{format_bytes(bring.nbytes)} for {model.name}: {move.reason}")
+                if bring.verb == "start":
+                    self._launch(model, bring.nbytes)
                     return
                 await self._transitions.promote(model, epoch)
             except (DeviceOutOfMemory, WorkerDied) as error:
@@ -254,9 +229,23 @@ class Scheduler:
                 return
         model.figures.last_swap_s = time.monotonic() - began
         model.wanted = False
+        self._unfilled.discard(model.name)
+        self._displaced.discard(model.name)
         if model.worker is not None and not model.worker.exited.is_set():
             model.queue.open(model.worker.spec.socket_path)
             self._images.keep(model, self._models.values(), time.monotonic())
+
+    async def _execute(self, move: Move, epoch: int, reason: str) -> None:
+        victim = self._models[move.model]
+        match move.kind:
+            case "stop":
+                await self._transitions.stop(victim, reason)
+            case "drop":
+                await self._images.drop(victim, reason)
+            case _:
+                await self._transitions.demote(victim, epoch, reason)
+                if victim.worker is None:  # it was not to be trusted: only a request brings it back
+                    self._displaced.discard(victim.name)
 
     def worker_exited(self, model: Model, worker: WorkerProcess) -> None:
         """The process has ended: those inside are told at once; its bytes are given back once proven free."""
@@ -302,7 +291,10 @@ class Scheduler:
         model.queue.refuse(failure)
         _log.error("model failed", model=model.name, reason=why, cool_down_s=cool_down_s)
 
-    def _refuse_if_pinned_out(self, model: Model, nbytes: int) -> None:
+    def _refuse_if_pinned_out(self, model: Model) -> None:
+        alive = model.state.process is Process.ALIVE
+        wanted = model.needed_bytes if alive else model.context_bytes or self._device.context_bytes
+        nbytes = wanted - self._ledger.held(model.name)
         pinned = {m.name: self._ledger.held(m.name) for m in self._models.values() if m.pinned and m is not model}
         left = self._ledger.total_bytes - sum(pinned.values()) - self._ledger.held(model.name)
         if nbytes > left:
@@ -311,9 +303,8 @@ class Scheduler:
             model.queue.refuse(lambda: ModelDoesNotFit(f"{lacks} {names}: unpin one"))
             model.wanted = False
 
-    def _gate(self, gates: set[str], now: float) -> list[float]:
+    def _gate(self, gates: set[str], now: float) -> None:
         """Shuts the doors that have to be shut for a drain, and opens those that no longer have to."""
-        again = []
         for model in self._models.values():
             if not model.on_device or not model.settled or model.worker is None:
                 model.gated_s = None
@@ -322,12 +313,10 @@ class Scheduler:
                     model.gated_s = now
                     model.queue.close()
                     _log.info("gated", model=model.name, in_flight=model.queue.in_flight)
-                again.append(model.gated_s + self._settings.drain_s - now)
             elif model.gated_s is not None:
                 _log.info("gate opened", model=model.name, drained=model.queue.in_flight == 0)
                 model.gated_s = None
                 model.queue.open(model.worker.spec.socket_path)
-        return again
 
     async def _demote(self, victims: list[tuple[Model, str]]) -> None:
         async with self._lease.hold() as epoch:

@@ -15,7 +15,8 @@ class Settings:
     the time. `max_wait_s` is the age at which the oldest waiter may end another model's stay early.
     `slack_bytes` is what a demoted worker may hold above its idle level without being stopped for it; what it really
     holds is charged to it. `working_bytes` is the least that a model is thought to need beside weights and KV until
-    it has been measured.
+    it has been measured. A load from the source that would take longer than `hold_s` goes through an image first, as
+    others can switch meanwhile; who is asked for at least `ahead_rate` times a second may be brought in ahead of need.
     """
 
     max_queue: int = 1024
@@ -24,6 +25,8 @@ class Settings:
     swap_time_share: float = 0.2
     min_stay_s: float = 0.0
     max_stay_s: float = 30.0
+    hold_s: float = 3.0
+    ahead_rate: float = 1 / 300
 
     start_s: float = 300.0
     promote_s: float = 600.0

@@ -54,7 +54,8 @@ class WorkerSpec:
 class ModelSpec:
     """One model as the manager serves it.
 
-    `pinned`: once on the device it is never demoted for another. `preload`: brought in at start where there is room.
+    `pinned`: once on the device it is never demoted for another. `priority`: the higher is served first, and leaves for
+    a lower one only once that is overdue. `preload`: brought in at start where there is room.
     `keep_alive_s`: demoted after so long without a request (None: only to make room). `working_bytes`: device bytes
     beside weights and KV, until they are measured (None: a first guess from the weights). `max_in_flight`: requests
     handed to the worker at once (None: twice `max_num_seqs`); the rest wait here, so that a stay can be ended.
@@ -63,6 +64,7 @@ class ModelSpec:
 
     worker: WorkerSpec
     pinned: bool = False
+    priority: int = 0
     preload: bool = False
     keep_alive_s: float | None = None
     working_bytes: int | None = None

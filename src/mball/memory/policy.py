@@ -1,0 +1,319 @@
+"""What happens next on a device. Pure: the live scheduler and the simulator ask the same `decide`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from mball.memory.planner import Candidate, Demand, Move, Snapshot, next_change_s, plan
+from mball.memory.settings import Settings
+from mball.memory.states import Process
+from mball.units import format_bytes
+
+ADVANTAGE = 2.0
+"""By how much what is brought in without need must be worth more than what goes for it: moving costs, figures waver."""
+
+_TRIED = 3
+"""So many of the most hopeful are planned for ahead of need: the rest would hardly win."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where one model stands: what the planner sees of it, and what waits for it.
+
+    `settled`: nothing moves it; `arriving`: the transition under way brings it in. `queued` requests wait; `wanted`
+    without one: a preload. `held_bytes` of the device are promised to it, `needed_bytes` when it is on the device,
+    `context_bytes` when its worker sleeps; it was measured to hold `over_bytes` more than promised. `ready_in_s`: not
+    to be started or promoted before. `idle_left_s`: for so long it may still stay without a request (None: for ever).
+    `displaced`: it went for another's sake, and is not back. `gated_s`: for how long its door
+    has been shut. `image_wanted_bytes`: what an image of it would take (0: it has one, or can have none); `filling`:
+    its image is being filled.
+    """
+
+    candidate: Candidate
+    number: int
+    process: Process
+    on_device: bool = False
+    settled: bool = True
+    arriving: bool = False
+    is_open: bool = False
+    queued: int = 0
+    wanted: bool = False
+    held_bytes: int = 0
+    needed_bytes: int = 0
+    context_bytes: int = 0
+    over_bytes: int = 0
+    ready_in_s: float = 0.0
+    idle_left_s: float | None = None
+    unload: bool = False
+    displaced: bool = False
+    gated_s: float | None = None
+    image_wanted_bytes: int = 0
+    filling: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.candidate.name
+
+    @property
+    def lacking_bytes(self) -> int:
+        """Until it is on the device, or until its worker lives."""
+        wanted = self.needed_bytes if self.process is Process.ALIVE else self.context_bytes
+        return max(0, wanted - self.held_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A device at one moment. `busy`: a transition is under way; `starting`: so many workers are."""
+
+    free_bytes: int
+    standings: Sequence[Standing]
+    busy: bool = False
+    starting: int = 0
+    dram_free_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Bring:
+    """A transition: the moves, then the model's worker is started or its weights promoted."""
+
+    model: str
+    verb: Literal["start", "promote"]
+    nbytes: int
+    moves: tuple[Move, ...]
+    ahead: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """An image is filled while others go on switching; `drops` make room for it."""
+
+    model: str
+    drops: tuple[Move, ...]
+
+
+@dataclass(slots=True)
+class Decision:
+    """What to begin now; `again_s`: when to look again if nothing changes before.
+
+    `gates`: whose doors have to be shut, all others' are open. `grow`: promise these what they hold. `send`: demote
+    these, with the reason. `gone`: told to leave, and off the device. `forget`: no longer brought in without a request.
+    `crowded`: no plan helps these. At most one of `bring` and `send` is set.
+    """
+
+    again_s: float
+    gates: set[str] = field(default_factory=set)
+    grow: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
+    forget: list[str] = field(default_factory=list)
+    crowded: list[str] = field(default_factory=list)
+    starts: list[Bring] = field(default_factory=list)
+    fills: list[Fill] = field(default_factory=list)
+    bring: Bring | None = None
+    send: list[tuple[str, str]] = field(default_factory=list)
+
+
+def decide(look: Look, settings: Settings) -> Decision:
+    """Whom to serve next, whose door to shut for it, what to move, and what to bring in ahead of need."""
+    return _Round(look, settings).decide()
+
+
+def turn(standing: Standing, settings: Settings) -> tuple[bool, float, float, int]:
+    """The least is served first: whoever is overdue, the oldest of them; then by priority; then by age."""
+    c = standing.candidate
+    overdue = c.oldest_wait_s >= settings.max_wait_s
+    return not overdue, 0.0 if overdue else -c.priority, -c.oldest_wait_s, standing.number
+
+
+def image_drops(
+    wanting: Candidate, nbytes: int, kept: Iterable[Candidate], dram_free_bytes: int
+) -> tuple[Move, ...] | None:
+    """Whose images go for one of `nbytes`: () where there is room, None where those that stay are worth more.
+
+    An image is worth the seconds that it saves: arrival rate × what loading from the source takes longer.
+    """
+    images = tuple(replace(c, pinned=False, promote_s=0.0) for c in kept if c.image_bytes > 0)
+    drops = plan(Snapshot(0, images, dram_free_bytes), Demand(wanting.name, 0, dram_bytes=nbytes))
+    if drops is None or ADVANTAGE * sum(move.cost for move in drops) > wanting.rate * wanting.source_s:
+        return None
+    return tuple(drops)
+
+
+class _Round:
+    """One look at everything: what is decided for one model is taken into account for the next."""
+
+    def __init__(self, look: Look, settings: Settings) -> None:
+        self._standings = look.standings
+        self._settings = settings
+        self._busy = look.busy
+        self._starting = look.starting
+        self._dram_free_bytes = look.dram_free_bytes
+        self._free_bytes = look.free_bytes - sum(s.lacking_bytes for s in look.standings if s.arriving)
+        self._taken: set[str] = set()
+        self._again: list[float] = []
+        self._out = Decision(0.0)
+
+    def decide(self) -> Decision:
+        self._send_away()
+        if self._busy:
+            self._out.gates |= {s.name for s in self._standings if s.gated_s is not None}
+        self._taken |= self._out.gates
+        wanting = [s for s in self._standings if (s.queued or s.wanted) and not (s.is_open or s.on_device)]
+        for standing in sorted(wanting, key=lambda s: turn(s, self._settings)):
+            self._serve(standing)
+        if not any(s.queued for s in wanting):
+            self._look_ahead()
+        self._again += [
+            self._settings.drain_s - (s.gated_s or 0.0) for s in self._standings if s.name in self._out.gates
+        ]
+        self._out.again_s = max(0.0, min(self._again, default=float("inf")))
+        return self._out
+
+    def _send_away(self) -> None:
+        """What is to leave for its own sake."""
+        for s in self._standings:
+            if not s.settled:
+                continue
+            reason = None
+            if s.unload:
+                reason = "unloaded on request"
+                if not s.on_device:
+                    self._out.gone.append(s.name)
+                    continue
+            elif s.on_device and s.over_bytes > 0:
+                reason = self._relieve(s)
+            elif s.on_device and s.idle_left_s is not None and not (s.candidate.pinned or s.queued):
+                self._again += [s.idle_left_s] if s.idle_left_s > 0 else []
+                reason = "not used for its keep_alive_s" if s.idle_left_s <= 0 else None
+            if reason is None:
+                continue
+            if s.candidate.in_flight:
+                self._out.gates.add(s.name)
+            elif not self._busy:
+                self._send([(s.name, reason)])
+
+    def _relieve(self, s: Standing) -> str | None:
+        """It holds more than it was promised: promise it, make room for it, or else it has to leave."""
+        moves = plan(self._snapshot(), Demand(s.name, s.over_bytes, float("inf"), 0.0))
+        why = f"{s.name} holds {format_bytes(s.over_bytes)} more than it was promised"
+        if moves == []:
+            self._free_bytes -= s.over_bytes
+            self._out.grow.append(s.name)
+            return None
+        if moves is None or any(move.kind in ("drain", "balloon") for move in moves):
+            return f"{why}, and nothing idle can make room"
+        if not self._busy:
+            self._send([(move.model, why) for move in moves])
+        return None
+
+    def _send(self, leaving: list[tuple[str, str]]) -> None:
+        self._out.send = leaving
+        self._busy = True
+        self._taken |= {name for name, _ in leaving}
+
+    def _serve(self, s: Standing) -> None:
+        """Begins to bring one in whose requests wait, or keeps what it will need."""
+        if s.ready_in_s > 0:
+            self._again.append(s.ready_in_s)
+            return
+        verb = self._verb(s)
+        if verb is None or s.filling or (verb == "promote" and (self._busy or self._fill_first(s))):
+            return
+        c = s.candidate
+        demand = Demand(s.name, s.lacking_bytes, c.oldest_wait_s, self._settings.max_wait_s, priority=c.priority)
+        snapshot = self._snapshot()
+        moves = plan(snapshot, demand)
+        if moves != [] and not s.queued:
+            self._out.forget.append(s.name)  # preloading takes no other's place
+        elif moves is None:
+            self._out.crowded.append(s.name)
+            change = next_change_s(snapshot, demand)
+            self._again += [] if change is None else [change]
+            self._keep(demand, sum(c.demote_bytes + c.stop_bytes for c in snapshot.candidates if not c.pinned))
+        elif any(move.kind == "drain" for move in moves):
+            # The idle ones too: whoever entered one of them would have to be waited for next.
+            self._out.gates |= {move.model for move in moves if move.kind != "balloon"}
+            self._taken |= {move.model for move in moves}
+            self._keep(demand, sum(move.frees_bytes for move in moves))
+        else:
+            self._begin(Bring(s.name, verb, demand.nbytes, tuple(moves)))
+
+    def _verb(self, s: Standing) -> Literal["start", "promote"] | None:
+        if not s.settled or s.ready_in_s > 0 or s.name in self._taken:
+            return None
+        if s.process is Process.ALIVE:
+            return "promote"
+        return "start" if s.process is Process.GONE and self._starting < self._settings.max_starts else None
+
+    def _begin(self, bring: Bring) -> None:
+        """A start that needs no move needs no transition either."""
+        if bring.verb == "start" and not bring.moves:
+            self._out.starts.append(bring)
+            self._starting += 1
+        elif self._busy:
+            return
+        else:
+            self._out.bring = bring
+            self._busy = True
+            self._taken |= {move.model for move in bring.moves}
+        self._taken.add(bring.model)
+        self._free_bytes -= max(0, bring.nbytes - sum(move.frees_bytes for move in bring.moves))
+
+    def _keep(self, demand: Demand, freed_bytes: int) -> None:
+        """What is free and will be needed for it is no other's."""
+        self._free_bytes -= max(0, demand.nbytes - freed_bytes)
+
+    def _fill_first(self, s: Standing) -> bool:
+        """A long load from the source would keep all others from switching: its image is filled first, beside them."""
+        c = s.candidate
+        if not s.image_wanted_bytes or c.image_bytes or c.promote_s <= self._settings.hold_s:
+            return False
+        drops = image_drops(c, s.image_wanted_bytes, self._images(), self._dram_free_bytes)
+        if drops is None:
+            return False
+        self._out.fills.append(Fill(s.name, drops))
+        self._dram_free_bytes -= s.image_wanted_bytes - sum(move.frees_bytes for move in drops)
+        self._taken |= {s.name, *(move.model for move in drops)}
+        return True
+
+    def _images(self) -> list[Candidate]:
+        return [s.candidate for s in self._standings if s.settled and not s.filling and s.name not in self._taken]
+
+    def _look_ahead(self) -> None:
+        """Nobody waits: what is likely to be asked for next comes back where that costs others far less."""
+        hopeful = sorted(
+            ((gain / max(1, s.lacking_bytes), gain, verb, s) for s in self._standings for verb, gain in self._hope(s)),
+            key=lambda hope: (-hope[0], hope[3].number),
+        )
+        for _, gain, verb, s in hopeful[:_TRIED]:
+            moves = plan(self._snapshot(), Demand(s.name, s.lacking_bytes, priority=s.candidate.priority))
+            if moves is None or any(move.kind in ("drain", "balloon") for move in moves):
+                continue
+            if gain > ADVANTAGE * sum(move.cost for move in moves):
+                self._begin(Bring(s.name, verb, s.lacking_bytes, tuple(moves), ahead=True))
+                return
+
+    def _hope(self, s: Standing) -> Iterable[tuple[Literal["start", "promote"], float]]:
+        """What having it back would save, in seconds of waiting a second; nothing where it can't come back now."""
+        c, settings = s.candidate, self._settings
+        expired = s.idle_left_s is not None and s.idle_left_s <= 0
+        if s.on_device or not s.displaced or expired or s.unload or s.filling or c.rate < settings.ahead_rate:
+            return
+        verb = self._verb(s)
+        if verb == "promote" and not self._busy and c.promote_s <= settings.hold_s:
+            yield verb, c.rate * c.promote_s
+        elif verb == "start" and self._starting + 1 < settings.max_starts:  # the last place is for one that waits
+            yield verb, c.rate * c.start_s
+
+    def _snapshot(self) -> Snapshot:
+        movable = (
+            s.candidate
+            for s in self._standings
+            if s.process is Process.ALIVE
+            and s.settled
+            and s.name not in self._taken
+            and not s.unload
+            and (s.on_device or not s.filling)
+        )
+        return Snapshot(self._free_bytes, tuple(movable))
