@@ -20,6 +20,10 @@ class Rate:
         self._sum = self._faded(now_s) + 1.0
         self._at_s = now_s
 
+    def resume(self, rate: float, now_s: float) -> None:
+        """Goes on from a rate that was known."""
+        self._sum, self._at_s = rate * self.window_s, now_s
+
     def at(self, now_s: float) -> float:
         return self._faded(now_s) / self.window_s
 

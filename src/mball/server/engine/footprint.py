@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mball.loader.checkpoint import Checkpoint
+from mball.memory import estimate
 from mball.memory.spec import WorkerSpec
 from mball.server.engine import transformers_adapter as adapter
 from mball.server.engine.kv_cache import KVGeometry
-
-DEFAULT_TOKENS_PER_SEQ = 2048
-"""Tokens of KV a sequence gets where neither `kv_cache_bytes` nor `max_model_len` is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +53,9 @@ def _token_activations(text: Any) -> int:
 
 
 def kv_blocks(spec: WorkerSpec, text: Any, geometry: KVGeometry) -> int:
-    """Blocks in the pool, the null block included.
-
-    `kv_cache_bytes` decides where it is given. Else every sequence gets `max_model_len` tokens, at most
-    DEFAULT_TOKENS_PER_SEQ, and the pool at least one whole sequence of `max_model_len` where that is given.
-    """
-    block_size = spec.block_size
-    if spec.kv_cache_bytes is not None:
-        return spec.kv_cache_bytes // geometry.block_bytes(block_size)
-    longest = spec.max_model_len or int(getattr(text, "max_position_embeddings", None) or DEFAULT_TOKENS_PER_SEQ)
-    each = -(-min(longest, DEFAULT_TOKENS_PER_SEQ) // block_size)
-    one = -(-(spec.max_model_len or 0) // block_size)
-    return 1 + max(spec.max_num_seqs * each, one)
+    """Blocks in the pool, the null block included."""
+    longest = getattr(text, "max_position_embeddings", None)
+    return estimate.kv_blocks(spec, None if longest is None else int(longest), geometry.block_bytes(spec.block_size))
 
 
 def max_model_len(spec: WorkerSpec, text: Any, num_blocks: int) -> int:

@@ -1,0 +1,124 @@
+"""What a model will take of the device, from its files alone: for the time before its worker was ever started."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from mball.memory.spec import WorkerSpec
+
+DEFAULT_TOKENS_PER_SEQ = 2048
+"""Tokens of KV a sequence gets where neither `kv_cache_bytes` nor `max_model_len` is given."""
+
+_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_STORED_AS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Weights exactly, as the files' headers say; KV as the configuration does."""
+
+    weights_bytes: int
+    kv_bytes: int
+
+
+def estimate(spec: WorkerSpec) -> Estimate | None:
+    """None where the files don't tell: then the worker will. Reads headers and config.json; blocks."""
+    try:
+        config = json.loads((Path(spec.path) / "config.json").read_bytes())
+        elements, stored = _elements(Path(spec.path))
+        dtype = spec.dtype or config.get("dtype") or config.get("torch_dtype") or stored
+        item_bytes = _ITEM_BYTES[dtype]
+        kv_bytes = 0 if spec.task == "embed" else _kv_bytes(spec, config.get("text_config", config), item_bytes)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, SafetensorError):
+        return None
+    return Estimate(elements * item_bytes, kv_bytes)
+
+
+def kv_blocks(spec: WorkerSpec, longest: int | None, block_bytes: int) -> int:
+    """Blocks in the KV pool, the null block included; `longest` is what the model's configuration says.
+
+    `kv_cache_bytes` decides where it is given. Else every sequence gets `max_model_len` tokens, at most
+    DEFAULT_TOKENS_PER_SEQ, and the pool at least one whole sequence of `max_model_len` where that is given.
+    """
+    if spec.kv_cache_bytes is not None:
+        return spec.kv_cache_bytes // block_bytes
+    tokens = min(spec.max_model_len or longest or DEFAULT_TOKENS_PER_SEQ, DEFAULT_TOKENS_PER_SEQ)
+    each = -(-tokens // spec.block_size)
+    one = -(-(spec.max_model_len or 0) // spec.block_size)
+    return 1 + max(spec.max_num_seqs * each, one)
+
+
+def revision(spec: WorkerSpec) -> str:
+    """Names a model's content and how it is served: what was measured of another revision says nothing of this one.
+
+    Files count by name, size and time of change, so that nothing large is read. Blocks.
+    """
+    options = {name: value for name, value in zip(spec.__slots__, astuple(spec), strict=True) if name in _MATTERS}
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    for file in sorted(_files(Path(spec.path))):
+        try:
+            found = file.stat()
+        except OSError:
+            continue
+        digest.update(f"\0{file.name}\0{found.st_size}\0{found.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
+
+
+_MATTERS = frozenset(
+    {
+        "model",
+        "path",
+        "device",
+        "task",
+        "dtype",
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "block_size",
+        "kv_cache_bytes",
+    }
+)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    yield folder / "config.json"
+    yield from folder.glob("*.safetensors")
+    yield from folder.glob("*.safetensors.index.json")
+
+
+def _elements(folder: Path) -> tuple[int, str]:
+    """Numbers in the checkpoint, and the dtype of most of its bytes."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    places = None if single.is_file() else json.loads(index.read_bytes())["weight_map"]
+    files = ["model.safetensors"] if places is None else sorted(set(places.values()))
+    count, sizes = 0, Counter[str]()
+    for file in files:
+        with safe_open(folder / file, framework="numpy") as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a mapping
+                if places is not None and places.get(name) != file:
+                    continue
+                tensor = shard.get_slice(name)
+                numbers = math.prod(tensor.get_shape())
+                dtype = _STORED_AS.get(tensor.get_dtype(), "float32")
+                count += numbers
+                sizes[dtype] += numbers * _ITEM_BYTES[dtype]
+    return count, sizes.most_common(1)[0][0] if sizes else "float32"
+
+
+def _kv_bytes(spec: WorkerSpec, text: Any, item_bytes: int) -> int:
+    heads = int(text["num_attention_heads"])
+    kv_heads = int(text.get("num_key_value_heads") or heads)
+    head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
+    block_bytes = spec.block_size * 2 * int(text["num_hidden_layers"]) * kv_heads * head_dim * item_bytes
+    longest = text.get("max_position_embeddings")
+    return kv_blocks(spec, None if longest is None else int(longest), block_bytes) * block_bytes

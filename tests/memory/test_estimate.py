@@ -1,0 +1,81 @@
+"""What a model will take, from its files: the same as its engine says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mball.memory.estimate import Estimate, estimate, revision
+from mball.memory.spec import WorkerSpec
+from mball.server.engine import footprint
+from tests.demo_models import demo_model
+
+CONFIG = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+
+
+def folder(path: Path, config: dict[str, Any] | None = None, dtype: torch.dtype = torch.bfloat16) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(CONFIG if config is None else config))
+    save_file({"a": torch.zeros(10, 3, dtype=dtype), "b": torch.zeros(5, dtype=dtype)}, path / "model.safetensors")
+    return path
+
+
+def spec(path: Path, **options: Any) -> WorkerSpec:
+    return WorkerSpec("m", str(path), **options)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m-fp32", "all-minilm-l6-v2"])
+def test_it_is_what_the_engine_says(name: str) -> None:
+    path = demo_model(name)
+    task = "embed" if "minilm" in name else "generate"
+    for options in ({}, {"max_model_len": 4096}, {"kv_cache_bytes": 50_000_000}, {"dtype": "float32"}):
+        given = spec(path, task=task, **options)
+        said = footprint(given)
+        assert estimate(given) == Estimate(said.weights_bytes, said.kv_bytes)
+
+
+def test_by_hand(tmp_path: Path) -> None:
+    path = folder(tmp_path / "m")
+    block_bytes = 16 * 2 * 2 * 2 * 8 * 2
+    assert estimate(spec(path, max_model_len=100, max_num_seqs=3)) == Estimate(35 * 2, (1 + 3 * 7) * block_bytes)
+    assert estimate(spec(path, dtype="float32", kv_cache_bytes=10 * block_bytes)) == Estimate(35 * 4, 10 * block_bytes)
+    assert estimate(spec(path, task="embed")) == Estimate(35 * 2, 0)
+
+
+def test_files_that_do_not_tell_are_no_failure(tmp_path: Path) -> None:
+    assert estimate(spec(tmp_path / "none")) is None
+    path = folder(tmp_path / "m")
+    (path / "config.json").write_text('["no object"]')
+    assert estimate(spec(path)) is None
+    (path / "config.json").write_text(json.dumps({"num_attention_heads": 0, "num_hidden_layers": 1}))
+    assert estimate(spec(path)) is None
+    folder(path)
+    (path / "model.safetensors").write_bytes(b"\xff" * 100)
+    assert estimate(spec(path)) is None
+
+
+def test_a_revision_changes_with_the_files_and_with_what_is_served_of_them(tmp_path: Path) -> None:
+    path = folder(tmp_path / "m")
+    first = revision(spec(path))
+    assert revision(spec(path, socket_path="/run/other", threads=7)) == first
+    assert revision(spec(path, max_model_len=99)) != first
+    os.utime(path / "model.safetensors", ns=(1, 1))
+    assert revision(spec(path)) != first
+    assert revision(spec(tmp_path / "none")) == revision(spec(tmp_path / "none"))
+
+
+def test_the_gateway_learns_it_without_torch(tmp_path: Path) -> None:
+    path = folder(tmp_path / "m")
+    code = (
+        "import sys; from mball.memory.estimate import estimate; from mball.memory.spec import WorkerSpec; "
+        f"assert estimate(WorkerSpec('m', {str(path)!r})); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
