@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mball.server.engine.api import (
+    Ballooned,
     Demoted,
     Emit,
     EngineStatus,
@@ -46,6 +47,8 @@ class EchoEngine:
         self.break_with: str | None = None
         self.step_s = step_s
         self.script = script
+        self.ballooned = (0, False)
+        self.threads = 0
         self._eos = eos
         self._resident = False
         self._closing = False
@@ -96,6 +99,13 @@ class EchoEngine:
         for request_id in list(self._live):
             self.abort(request_id)
         return Demoted(1500, 0.0)
+
+    def balloon(self, nbytes: int, *, gently: bool = False) -> Ballooned:
+        self.ballooned = (nbytes, gently)
+        return Ballooned(nbytes, 500 - nbytes, 0.0)
+
+    def set_threads(self, threads: int) -> None:
+        self.threads = threads
 
     def fill_image(self, image_fd: int) -> int:
         return self.image_bytes
@@ -164,6 +174,13 @@ class EchoEmbedder:
     def demote(self) -> Demoted:
         self._resident = False
         return Demoted(1000, 0.0)
+
+    def balloon(self, nbytes: int, *, gently: bool = False) -> Ballooned:
+        self.ballooned = (nbytes, gently)
+        return Ballooned(nbytes, 500 - nbytes, 0.0)
+
+    def set_threads(self, threads: int) -> None:
+        self.threads = threads
 
     def fill_image(self, image_fd: int) -> int:
         return 0

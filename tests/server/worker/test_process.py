@@ -107,6 +107,28 @@ async def chat(worker: Worker, **fields: Any) -> httpx.Response:
     return await worker.http.post("/v1/chat/completions", json=body)
 
 
+async def test_a_worker_gives_memory_back_while_it_answers(spec: WorkerSpec, tmp_path: Path) -> None:
+    async with started(spec, tmp_path) as worker:
+        await worker.call("promote", epoch=1)
+        expected = [(await chat(worker, max_tokens=60, seed=seed)).json()["choices"] for seed in range(3)]
+        whole = (await worker.call("status"))["kv_bytes"]
+        answers = [asyncio.ensure_future(chat(worker, max_tokens=60, seed=seed)) for seed in range(3)]
+        sizes = (whole // 2, 0, whole // 3, whole // 2)
+        for nbytes in sizes:
+            ballooned = await worker.call("balloon", bytes=nbytes, epoch=1)
+            status = await worker.call("status")
+            assert ballooned["ballooned_bytes"] == status["ballooned_bytes"] == whole - status["kv_bytes"] >= nbytes
+        assert [(await answer).json()["choices"] for answer in answers] == expected
+        for wrong in ({"bytes": "many"}, {"bytes": -1}, {"bytes": whole * 2}, {"bytes": 0, "epoch": 0}):
+            with pytest.raises(VerbFailed, match="balloon"):
+                await worker.call("balloon", **{"epoch": 1, **wrong})
+        assert await worker.call("threads", threads=1) == {}
+        for threads in (0, "x"):
+            with pytest.raises(VerbFailed, match="threads"):
+                await worker.call("threads", threads=threads)
+        assert (await chat(worker)).status_code == 200
+
+
 async def test_a_life(spec: WorkerSpec, tmp_path: Path) -> None:
     async with started(spec, tmp_path) as worker:
         hello = worker.event("hello")

@@ -91,8 +91,18 @@ class Demoted:
 
 
 @dataclass(frozen=True, slots=True)
+class Ballooned:
+    """What the balloon holds now: device bytes that the engine does without. `kv_bytes` is what its KV pool has."""
+
+    ballooned_bytes: int
+    kv_bytes: int
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """Numbers of the moment. Bytes are device bytes. `error` says what is wrong with the engine, if anything is."""
+    """Numbers of the moment. Bytes are device bytes. `spare_bytes` can be given to the balloon beside what is there
+    already, and nobody would notice. `error` says what is wrong with the engine, if anything is."""
 
     resident: bool
     running: int
@@ -102,6 +112,8 @@ class EngineStatus:
     weights_bytes: int
     kv_bytes: int
     error: str | None = None
+    ballooned_bytes: int = 0
+    spare_bytes: int = 0
 
 
 class Residency(Protocol):
@@ -115,6 +127,17 @@ class Residency(Protocol):
 
     def demote(self) -> Demoted:
         """Give weights and KV back. The caller has drained the engine; what still runs ends with "abort"."""
+
+    def balloon(self, nbytes: int, *, gently: bool = False) -> Ballooned:
+        """Do without `nbytes` of device memory while serving, rounded up; less than before: take the rest back.
+
+        It holds over demotions. Sequences that lose their room wait for it, and those that no longer fit end with an
+        error; `gently`: refused where there would be such. Raises TransitionError, DeviceOutOfMemory; then nothing has
+        changed.
+        """
+
+    def set_threads(self, threads: int) -> None:
+        """Compute on so many threads from the next step on. Thread-safe, does not block."""
 
     def fill_image(self, image_fd: int) -> int:
         """Copy the source shards into the image (a memfd of `image_bytes`); returns the bytes written."""

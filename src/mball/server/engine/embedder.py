@@ -12,7 +12,7 @@ import torch
 
 from mball.errors import InvalidRequest, TransitionError, Unavailable
 from mball.memory.spec import WorkerSpec
-from mball.server.engine.api import Demoted, EngineStatus, Promoted
+from mball.server.engine.api import Ballooned, Demoted, EngineStatus, Promoted
 from mball.server.engine.pooling import Pooling
 from mball.server.engine.resident import Progress, ResidentWeights
 
@@ -48,6 +48,7 @@ class EmbedEngine:
         self._pooling = pooling
         self._device = device
         self._resident = False
+        self._threads = self._threads_set = spec.threads
         self._pending = 0
         self._counting = threading.Lock()
         self._error: str | None = None
@@ -116,6 +117,14 @@ class EmbedEngine:
         finally:
             self._computing.release()
 
+    def balloon(self, nbytes: int, *, gently: bool = False) -> Ballooned:
+        if nbytes != 0:
+            raise TransitionError(f"{self._spec.model}: an embedding model has no KV pool to give up")
+        return Ballooned(0, 0, 0.0)
+
+    def set_threads(self, threads: int) -> None:
+        self._threads = threads
+
     def close(self) -> None:
         self._resident = False
         self._jobs.put(None)
@@ -163,6 +172,9 @@ class EmbedEngine:
             yield batch
 
     def _forward(self, prompts: _Prompts) -> list[list[float]]:
+        if self._threads != self._threads_set:
+            self._threads_set = self._threads
+            torch.set_num_threads(self._threads_set)
         width = max(len(prompt) for prompt in prompts)
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=self._device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -13,11 +14,12 @@ from mball.errors import MballError, TransitionError
 from mball.memory.spec import WorkerSpec
 from mball.server.engine import request as requests
 from mball.server.engine import runner, sampler
-from mball.server.engine.api import Demoted, Emit, EngineStatus, GenerateRequest, Output, Promoted
+from mball.server.engine.api import Ballooned, Demoted, Emit, EngineStatus, GenerateRequest, Output, Promoted
 from mball.server.engine.kv_cache import BlockAllocator, KVCache, KVGeometry
 from mball.server.engine.request import Request
 from mball.server.engine.resident import Progress, ResidentWeights
 from mball.server.engine.scheduler import Chunk, Scheduler, Sequence
+from mball.units import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,19 @@ _STEP_FAILURES = (
     MemoryError,
     OSError,
 )
+
+
+@dataclass(eq=False)
+class Resize:
+    """A change of the KV pool that the engine's thread is to carry out."""
+
+    num_blocks: int
+    gently: bool
+    done: bool = False
+    error: MballError | None = None
+
+    def fail(self, error: MballError) -> None:
+        self.done, self.error = True, error
 
 
 class GenerateEngine:
@@ -70,6 +85,7 @@ class GenerateEngine:
         self._account = account
         self._device = device
         self._cache: KVCache | None = None
+        self._threads = self._threads_set = spec.threads
         self._scheduler: Scheduler[Request] = Scheduler(
             BlockAllocator(num_blocks),
             block_size=spec.block_size,
@@ -81,6 +97,7 @@ class GenerateEngine:
         self._arrived: list[Sequence[Request]] = []
         self._aborted: set[str] = set()
         self._resident = False
+        self._resize: Resize | None = None
         self._parked = False
         self._closing = False
         self._ended = False
@@ -124,6 +141,8 @@ class GenerateEngine:
                 weights_bytes=self._weights.nbytes,
                 kv_bytes=0 if cache is None else cache.nbytes,
                 error=self._error,
+                ballooned_bytes=self._pool_bytes - self._held_bytes,
+                spare_bytes=0 if cache is None else self._spare_bytes(cache),
             )
 
     @property
@@ -139,9 +158,16 @@ class GenerateEngine:
             state = "on the device already" if self._resident else f"broken ({self._error}): restart its worker"
             raise TransitionError(f"{self._spec.model} is {state}")
         load_s = self._weights.load(image_fd, progress)
-        num_blocks, block_size = self._scheduler.allocator.num_blocks, self._spec.block_size
+        pool = self._scheduler.allocator
         try:
-            cache = KVCache(self._geometry, num_blocks, block_size, self._device, self._account)
+            cache = KVCache(
+                self._geometry,
+                pool.num_blocks,
+                self._spec.block_size,
+                self._device,
+                self._account,
+                max_blocks=pool.max_blocks,
+            )
         except (MballError, OSError, RuntimeError):
             self._weights.release()
             raise
@@ -160,6 +186,57 @@ class GenerateEngine:
             if not self._changed.wait_for(lambda: self._parked, STEP_DEADLINE_S):
                 raise TransitionError(f"{self._spec.model}: its step did not end within {STEP_DEADLINE_S:.0f} s")
         return Demoted(self._release(), time.perf_counter() - began)
+
+    def balloon(self, nbytes: int, *, gently: bool = False) -> Ballooned:
+        began = time.perf_counter()
+        resize = Resize(self._blocks_without(nbytes), gently)
+        with self._changed:
+            if self._ended or self._closing:
+                raise TransitionError(f"{self._spec.model}: its engine has ended")
+            self._resize = resize
+            self._changed.notify_all()
+            if not self._changed.wait_for(lambda: resize.done, STEP_DEADLINE_S):
+                self._resize = None
+                raise TransitionError(f"{self._spec.model}: its step did not end within {STEP_DEADLINE_S:.0f} s")
+        if resize.error is not None:
+            raise resize.error
+        held = self._held_bytes
+        return Ballooned(self._pool_bytes - held, held, time.perf_counter() - began)
+
+    def set_threads(self, threads: int) -> None:
+        self._threads = threads
+
+    @property
+    def _block_bytes(self) -> int:
+        return self._geometry.block_bytes(self._spec.block_size)
+
+    @property
+    def _pool_bytes(self) -> int:
+        """Of the whole pool, nothing given up."""
+        return self._scheduler.allocator.max_blocks * self._block_bytes
+
+    @property
+    def _held_bytes(self) -> int:
+        """What the pool has of the device; what it will have, while it is off."""
+        cache = self._cache
+        return self._scheduler.allocator.num_blocks * self._block_bytes if cache is None else cache.nbytes
+
+    def _spare_bytes(self, cache: KVCache) -> int:
+        longest = -(-self.max_model_len // self._spec.block_size)
+        least = 1 + max(longest, self._scheduler.allocator.num_used)
+        return max(0, cache.nbytes - cache.mapped_bytes(least)) if cache.shrinks else 0
+
+    def _blocks_without(self, nbytes: int) -> int:
+        cache, left = self._cache, self._pool_bytes - nbytes
+        if cache is not None and not cache.shrinks and nbytes > 0:
+            raise TransitionError(f"{self._spec.model}: its KV pool can't shrink: install cuda-bindings")
+        blocks = left // self._block_bytes if cache is None else cache.fitting_blocks(left)
+        if nbytes < 0 or blocks < 2:
+            most = format_bytes(self._pool_bytes - 2 * self._block_bytes)
+            raise TransitionError(
+                f"{self._spec.model}: {format_bytes(nbytes)} for the balloon; its KV pool can give up {most} at most"
+            )
+        return blocks
 
     def close(self) -> None:
         with self._changed:
@@ -192,6 +269,8 @@ class GenerateEngine:
                 if not self._closing:
                     self._error = "the engine's thread ended"
                 self._ended = self._parked = True
+                if self._resize is not None:
+                    self._resize.fail(TransitionError(f"{self._spec.model}: its engine has ended"))
                 self._changed.notify_all()
             for sequence in left:
                 sequence.owner.deliver(Output(None, finish_reason="error", error=self._error))
@@ -204,7 +283,7 @@ class GenerateEngine:
                 self._changed.wait_for(self._has_news)
                 arrived, self._arrived = self._arrived, []
                 aborted, self._aborted = self._aborted, set()
-                resident, closing = self._resident, self._closing
+                resident, closing, resize = self._resident, self._closing, self._resize
             for sequence in arrived:
                 scheduler.add(sequence)
             if aborted or not resident:
@@ -213,6 +292,8 @@ class GenerateEngine:
                         self._deliver(sequence, Output(None, finish_reason="abort"))
             if closing:
                 return False
+            if resize is not None:
+                self._carry_out(resize)
             if resident:
                 if scheduler.running or scheduler.waiting:
                     return True
@@ -222,14 +303,57 @@ class GenerateEngine:
                     self._changed.notify_all()
 
     def _has_news(self) -> bool:
-        if self._closing or self._arrived or self._aborted:
+        if self._closing or self._arrived or self._aborted or self._resize is not None:
             return True
         if self._resident:
             return bool(self._scheduler.running or self._scheduler.waiting)
         return not self._parked
 
+    def _carry_out(self, resize: Resize) -> None:
+        """Between two steps: no kernel reads what moves."""
+        error: MballError | None = None
+        try:
+            self._change_pool(resize)
+        except MballError as failure:
+            error = failure
+        except (RuntimeError, OSError) as failure:
+            error = TransitionError(f"{self._spec.model}: {failure}")
+        with self._changed:
+            resize.done, resize.error = True, error
+            if self._resize is resize:
+                self._resize = None
+            self._changed.notify_all()
+
+    def _change_pool(self, resize: Resize) -> None:
+        cache, allocator = self._cache, self._scheduler.allocator
+        if resize.num_blocks >= allocator.num_blocks:
+            if cache is not None:
+                cache.resize(resize.num_blocks)
+            self._scheduler.resize(resize.num_blocks)
+            return
+        if resize.gently and cache is not None:
+            spare = self._spare_bytes(cache)
+            if cache.nbytes - cache.mapped_bytes(resize.num_blocks) > spare:
+                raise TransitionError(f"{self._spec.model}: {format_bytes(spare)} of its KV pool are not in use")
+        moves = self._scheduler.resize(resize.num_blocks)
+        if cache is not None:
+            cache.move(moves)
+            cache.resize(resize.num_blocks)
+
     def _step(self) -> None:
+        if self._threads != self._threads_set:
+            self._threads_set = self._threads
+            torch.set_num_threads(self._threads_set)
+        for sequence in self._scheduler.misfits():
+            tokens = (self._scheduler.allocator.num_blocks - 1) * self._spec.block_size
+            error = (
+                f"{self._spec.model}: a sequence of {len(sequence.tokens)} tokens does not fit into its KV pool, "
+                f"ballooned to {tokens}: give it memory back with `mball balloon {self._spec.model} 0`"
+            )
+            self._deliver(sequence, Output(None, finish_reason="error", error=error))
         chunks = self._scheduler.schedule()
+        if not chunks:
+            return
         try:
             self._compute(chunks)
             self._error = None

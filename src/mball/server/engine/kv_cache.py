@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import heapq
-import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mball.device.account import Account
-from mball.errors import DeviceOutOfMemory
+from mball.device.vmm import reserve, rounded
+from mball.errors import MballError
 
 NULL_BLOCK = 0
 """Never given to a sequence and always zero: what the shorter rows of a padded gather read."""
@@ -34,13 +34,14 @@ class KVGeometry:
 
 
 class BlockAllocator:
-    """Numbers of free blocks, 1 to `num_blocks` - 1.
+    """Numbers of free blocks, 1 to `num_blocks` - 1, of `max_blocks` that there may be.
 
     The lowest free number goes first, so the blocks in use gather at the front of the pool and its tail can be given
     back to the device.
     """
 
     def __init__(self, num_blocks: int) -> None:
+        self.max_blocks = num_blocks
         self.num_blocks = num_blocks
         self._free = list(range(1, num_blocks))
         self._used = bytearray(num_blocks)
@@ -48,6 +49,10 @@ class BlockAllocator:
     @property
     def num_free(self) -> int:
         return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - 1 - len(self._free)
 
     def allocate(self, count: int) -> list[int]:
         """`count` blocks. Raises ValueError where fewer are free: the caller asks `num_free` first."""
@@ -64,43 +69,96 @@ class BlockAllocator:
             if not self._used[block]:
                 raise ValueError(f"KV block {block} is freed twice")
             self._used[block] = 0
-            heapq.heappush(self._free, block)
+            if block < self.num_blocks:
+                heapq.heappush(self._free, block)
+
+    def resize(self, num_blocks: int) -> None:
+        """From now on blocks below `num_blocks` alone are given; one above it that is in use is only taken back.
+
+        Raises ValueError for fewer than one block beside the null block, or more than there may be.
+        """
+        if not 2 <= num_blocks <= self.max_blocks:
+            raise ValueError(f"{num_blocks} KV blocks: 2 to {self.max_blocks} are possible")
+        self.num_blocks = num_blocks
+        self._free = [block for block in range(1, num_blocks) if not self._used[block]]
 
 
 class KVCache:
-    """The pool's memory, one tensor of shape (num_blocks, num_layers, 2, block_size, num_kv_heads, head_dim).
+    """The pool's memory, one tensor of shape (max_blocks, num_layers, 2, block_size, num_kv_heads, head_dim), of which
+    the first `num_blocks` have memory behind them.
 
     A block is contiguous over all layers: it is spilled with one write, and the pool shrinks by giving back its tail.
-    On the CPU the pool is an anonymous mapping of its own, touched as blocks come into use, so that `release` gives
-    every page back whatever the allocator does.
+    On the CPU its pages are touched as blocks come into use; `release` gives every one back.
 
     Raises DeviceOutOfMemory; then nothing is held.
     """
 
     def __init__(
-        self, geometry: KVGeometry, num_blocks: int, block_size: int, device: torch.device, account: Account
+        self,
+        geometry: KVGeometry,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device,
+        account: Account,
+        *,
+        max_blocks: int | None = None,
     ) -> None:
-        self.nbytes = num_blocks * geometry.block_bytes(block_size)
+        most = num_blocks if max_blocks is None else max_blocks
+        self.nbytes = 0
         self.block_size = block_size
+        self._block_bytes = geometry.block_bytes(block_size)
         self._account = account
-        self._mapping: mmap.mmap | None = None
-        shape = (num_blocks, geometry.num_layers, 2, block_size, geometry.num_kv_heads, geometry.head_dim)
-        account.take(self.nbytes)
+        self._range = reserve(most * self._block_bytes, device)
+        shape = (most, geometry.num_layers, 2, block_size, geometry.num_kv_heads, geometry.head_dim)
+        self.resize(num_blocks)
         try:
-            if device.type == "cpu":
-                self._mapping = mmap.mmap(-1, self.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                pool = torch.frombuffer(self._mapping, dtype=geometry.dtype).view(shape)
-            else:
-                pool = torch.zeros(shape, dtype=geometry.dtype, device=device)
-        except torch.OutOfMemoryError:
-            account.give(self.nbytes)
-            free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-            raise DeviceOutOfMemory(str(device), self.nbytes, free_bytes, total_bytes) from None
-        except (OSError, RuntimeError):
-            account.give(self.nbytes)
+            pool = self._range.tensor().view(geometry.dtype).view(shape)
+            if device.type != "cpu":
+                pool[NULL_BLOCK].zero_()
+        except (MballError, RuntimeError):
+            self.release()
             raise
         self.pool = pool
         self.layers = [(pool[:, layer, 0], pool[:, layer, 1]) for layer in range(geometry.num_layers)]
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the device takes a part of it back."""
+        return self._range.granularity < self._range.nbytes
+
+    def mapped_bytes(self, num_blocks: int) -> int:
+        """What so many blocks hold of the device."""
+        return rounded(num_blocks * self._block_bytes, self._range)
+
+    def fitting_blocks(self, nbytes: int) -> int:
+        """How many blocks hold no more than that of the device."""
+        if nbytes >= self._range.nbytes:
+            return self._range.nbytes // self._block_bytes
+        return nbytes // self._range.granularity * self._range.granularity // self._block_bytes
+
+    def resize(self, num_blocks: int) -> int:
+        """Has memory behind that many blocks; returns the bytes given back (fewer than none: taken).
+
+        What the blocks that go hold is lost. Raises DeviceOutOfMemory, DeviceError; then nothing has changed.
+        """
+        before, after = self.nbytes, self.mapped_bytes(num_blocks)
+        if after > before:
+            self._account.take(after - before)
+        try:
+            self._range.resize(after)
+        except (MballError, RuntimeError, OSError):
+            if after > before:
+                self._account.give(after - before)
+            raise
+        if after < before:
+            self._account.give(before - after)
+        self.nbytes = after
+        return before - after
+
+    def move(self, moves: Iterable[tuple[int, int]]) -> None:
+        """Copies blocks, (from, to) each."""
+        for source, target in moves:
+            self.pool[target].copy_(self.pool[source])
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks before their first use.
@@ -115,13 +173,8 @@ class KVCache:
         nbytes, self.nbytes = self.nbytes, 0
         if nbytes == 0:
             return 0
-        self.layers.clear()
+        self.layers = []
         self.pool = torch.empty(0)
-        mapping, self._mapping = self._mapping, None
-        if mapping is not None:
-            # Never closed: a view that lives on somewhere keeps the addresses, and reads zeros there.
-            mapping.madvise(mmap.MADV_DONTNEED)
-        else:
-            torch.cuda.empty_cache()
+        self._range.close()
         self._account.give(nbytes)
         return nbytes

@@ -72,6 +72,29 @@ class Scheduler(Generic[Owner]):
         """Whether a sequence of that many tokens fits when it is alone."""
         return self._blocks_for(num_tokens) < self.allocator.num_blocks
 
+    def misfits(self) -> list[Sequence[Owner]]:
+        """Those that no longer fit even alone, since the pool shrank."""
+        if self.allocator.num_blocks == self.allocator.max_blocks:
+            return []
+        return [sequence for sequence in self.sequences() if not self.fits(len(sequence.tokens))]
+
+    def resize(self, num_blocks: int) -> list[tuple[int, int]]:
+        """The pool has that many blocks from now on. Returns which blocks to copy, (from, to) each, between two steps.
+
+        Blocks in use move to the front; where they are too many, the youngest sequences wait for room.
+        """
+        while self.allocator.num_used > num_blocks - 1:
+            self._preempt()
+        self.allocator.resize(num_blocks)
+        moves: list[tuple[int, int]] = []
+        for sequence in self.running:
+            for place, block in enumerate(sequence.blocks):
+                if block >= num_blocks:
+                    (sequence.blocks[place],) = self.allocator.allocate(1)
+                    self.allocator.free([block])
+                    moves.append((block, sequence.blocks[place]))
+        return moves
+
     def finish(self, sequence: Sequence[Owner]) -> None:
         """The sequence ends, wherever it stands; its blocks are free for the next step."""
         if sequence in self.running:
@@ -127,14 +150,19 @@ class Scheduler(Generic[Owner]):
         """Free blocks for `count` more tokens, from the youngest first; False where the sequence itself was that."""
         need = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)
         while need > self.allocator.num_free:
-            victim = self.running.pop()
+            victim = self._preempt()
             chunks.pop(victim, None)
-            self._release(victim)
-            self.waiting.appendleft(victim)
-            self.num_preemptions += 1
             if victim is sequence:
                 return False
         return True
+
+    def _preempt(self) -> Sequence[Owner]:
+        """The youngest gives its blocks back and waits."""
+        victim = self.running.pop()
+        self._release(victim)
+        self.waiting.appendleft(victim)
+        self.num_preemptions += 1
+        return victim
 
     def _grow(self, sequence: Sequence[Owner], count: int) -> Chunk[Owner]:
         need = self._blocks_for(sequence.num_computed + count) - len(sequence.blocks)

@@ -49,6 +49,8 @@ class Verbs:
         return {
             "promote": self._promote,
             "demote": self._demote,
+            "balloon": self._balloon,
+            "threads": self._threads,
             "image": self._image,
             "drop_image": self._drop_image,
             "canary": self._canary,
@@ -88,6 +90,26 @@ class Verbs:
             answer = {"released_bytes": demoted.released_bytes, "private_bytes": kept}
             _log.info("demoted", **answer)
             return {**answer, "total_s": time.perf_counter() - began}
+
+    async def _balloon(self, message: Message, fd: int | None) -> Message:
+        """`bytes` of device memory that the engine does without from now on; `gently`: only what nobody uses."""
+        _no_descriptor(fd)
+        nbytes, gently = message.get("bytes"), message.get("gently", False)
+        if not isinstance(nbytes, int) or not isinstance(gently, bool):
+            raise TransitionError(f"balloon: bytes and gently are {nbytes!r} and {gently!r}")
+        async with self._moving:
+            self._fence(message)
+            ballooned = await in_thread(lambda: self._service.engine.balloon(nbytes, gently=gently))
+            _log.info("ballooned", **dataclasses.asdict(ballooned))
+            return dataclasses.asdict(ballooned)
+
+    async def _threads(self, message: Message, fd: int | None) -> Message:
+        _no_descriptor(fd)
+        threads = message.get("threads")
+        if not isinstance(threads, int) or threads < 1:
+            raise TransitionError(f"threads: {threads!r} is no number of threads")
+        self._service.engine.set_threads(threads)
+        return {}
 
     async def _image(self, message: Message, fd: int | None) -> Message:
         if fd is None:
