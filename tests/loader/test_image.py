@@ -73,7 +73,7 @@ def test_a_read_only_descriptor_is_an_error(checkpoint: Checkpoint, tmp_path: Pa
             image.fill(checkpoint, fd)
     finally:
         os.close(fd)
-    assert raised.value.errno == errno.EBADF
+    assert raised.value.errno == errno.EACCES
 
 
 def test_a_size_that_cannot_be_leaves_no_descriptor() -> None:

@@ -80,7 +80,7 @@ class Machine:
         source = Source(self.checkpoint, image_fd)
         options = options or Options()
         into = options.fill_image_fd
-        with nullcontext() if into is None else closing(Writer(into, huge=True)) as writer:
+        with nullcontext() if into is None else closing(Writer(into)) as writer:
             filled = through(self.runtime, extents, self.checkpoint, slab, options, source, writer)
         return filled, slab.memory()
 

@@ -107,9 +107,8 @@ def _mball_filling(spec: Spec) -> Loader:
     checkpoint = Checkpoint.open(spec.path)
 
     def loader() -> Mapping[str, Tensor]:
-        fd = image.create("mball-bench", checkpoint.image_bytes)
-        weights.load(fill_image_fd=fd, **options)
-        os.close(fd)
+        # It stays, as a worker's does; a process has one such call, as cold files are read once.
+        weights.load(fill_image_fd=image.create("mball-bench", checkpoint.image_bytes), **options)
         return dict(module.named_parameters())
 
     return Loader(loader, release=weights.release)

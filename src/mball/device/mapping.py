@@ -39,17 +39,19 @@ class Mapping:
     def buffer(self) -> ctypes.Array[Any]:
         return (ctypes.c_ubyte * self.nbytes).from_address(self.address)
 
-    def populate(self, offset: int, nbytes: int) -> None:
+    def populate(self, offset: int, nbytes: int) -> bool:
         """Have pages behind these bytes (`offset` a multiple of a page) before they are touched.
 
-        Raises OSError: ENOMEM where there is no memory, EFAULT where the file ends before, EIO. A kernel older than
-        5.14 can't, and does it at the first touch.
+        Raises OSError: ENOMEM where there is no memory, EFAULT where the file ends before, EIO. False where the kernel
+        can't (before 5.14), and does it at the first touch.
         """
         advice = _MADV_POPULATE_WRITE if self._writable else _MADV_POPULATE_READ
         if libc.LIBC.madvise(self.address + offset, nbytes, advice) != 0:
             failed = libc.error("madvise")
             if failed.errno != libc.EINVAL:
                 raise failed
+            return False
+        return True
 
     def forget(self, offset: int, nbytes: int) -> None:
         """Map these bytes of a file (whole pages) no more until they are touched again. Private ones are lost."""

@@ -203,10 +203,10 @@ class CudaLane:
                     source.read_into(buffer.memory[: part.nbytes], part.shard, part.start)
                 else:
                     source.read_extent(buffer.memory[: part.nbytes], part.extents[0])
-            if self._transfer.tee is not None:
-                self._transfer.tee(part.shard, part.start, buffer.memory[head : head + part.nbytes])
             self._transfer.put(part.extents, buffer.address + head)
             buffer.mark = self._stream.mark(buffer.mark)
+            if self._transfer.tee is not None:
+                self._transfer.tee(part.shard, part.start, buffer.memory[head : head + part.nbytes])
         finally:
             ring.give(buffer)
         if way is Way.BUFFERED:
