@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 SYSFS = Path("/sys")
 CGROUP = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
+PRESSURE = Path("/proc/pressure/memory")
 
 _COPYING_THREADS = 8
+_NO_LIMIT_BYTES = 1 << 60
+"""v1 writes a huge number for none."""
+
+_MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Of v2 and v1: the limit, what is used, and what of that is files' pages that can be dropped."""
 
 
 def usable_cpus(among: frozenset[int] = frozenset()) -> int:
@@ -52,39 +63,103 @@ def pin_thread(cpus: frozenset[int]) -> None:
 
 
 def available_bytes(cgroup: Path = CGROUP, own: Path = OWN_CGROUP, meminfo: Path = MEMINFO) -> int:
-    """Memory that this process can still take: the least of the system's, and its cgroup's (v2) and those above it.
+    """Memory that this process can still take: the least of the system's, and its cgroup's (v1 or v2) and those above.
 
     File pages that can be dropped count as free.
     """
-    found = [_system_room(meminfo)]
-    folder = cgroup / _own_cgroup(own)
-    while folder.is_relative_to(cgroup):
-        found += _cgroup_room(folder)
-        folder = folder.parent
-    return max(0, min(found))
+    rooms = [limit - used for limit, used in _memory_limits(cgroup, own)]
+    return max(0, min([_meminfo(meminfo, "MemAvailable:"), *rooms]))
 
 
-def _system_room(meminfo: Path) -> int:
+def memory_bytes(cgroup: Path = CGROUP, own: Path = OWN_CGROUP, meminfo: Path = MEMINFO) -> int:
+    """Memory that this process and its neighbours may have in all: the system's, or the least limit of a cgroup."""
+    return min([_meminfo(meminfo, "MemTotal:"), *(limit for limit, _ in _memory_limits(cgroup, own))])
+
+
+def cpu_quota(cgroup: Path = CGROUP, own: Path = OWN_CGROUP) -> float | None:
+    """How many cores a cgroup lets this process keep busy; None without a limit."""
+    found = []
+    for folder in _folders("cpu", cgroup, own):
+        try:
+            if (folder / "cpu.max").is_file():
+                quota, _, period = (folder / "cpu.max").read_text().partition(" ")
+            else:
+                quota, period = (folder / "cpu.cfs_quota_us").read_text(), (folder / "cpu.cfs_period_us").read_text()
+            if int(quota) > 0:
+                found.append(int(quota) / int(period))
+        except (OSError, ValueError, ZeroDivisionError):
+            # No such file, or `max`: this one sets no limit.
+            continue
+    return min(found, default=None)
+
+
+def pressure_file(cgroup: Path = CGROUP, own: Path = OWN_CGROUP, system: Path = PRESSURE) -> Path | None:
+    """Where the kernel says how long this process's cgroup, or the system, stood still for lack of memory."""
+    files = [folder / "memory.pressure" for folder in _folders("memory", cgroup, own)]
+    return next((file for file in (*files, system) if _readable(file)), None)
+
+
+def numa_nodes(sysfs: Path = SYSFS) -> list[tuple[int, ...]]:
+    """The cores that this process may run on, by NUMA node; one node where the system tells of none."""
+    mine = os.sched_getaffinity(0)
+    nodes: list[tuple[int, ...]] = []
+    for folder in sorted((sysfs / "devices/system/node").glob("node[0-9]*"), key=lambda path: int(path.name[4:])):
+        with contextlib.suppress(OSError, ValueError):
+            nodes.append(tuple(sorted(parse_cpus((folder / "cpulist").read_text()) & mine)))
+    told = {cpu for node in nodes for cpu in node}
+    return [node for node in (*nodes, tuple(sorted(mine - told))) if node]
+
+
+def _readable(file: Path) -> bool:
+    # Where pressure is not accounted for the file may be there, and reading it fails.
+    try:
+        file.read_text()
+    except OSError:
+        return False
+    return True
+
+
+def _meminfo(meminfo: Path, name: str) -> int:
     for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(name):
             return int(line.split()[1]) * 1024
     return 0
 
 
-def _own_cgroup(own: Path) -> str:
+def _folders(controller: str, cgroup: Path, own: Path) -> Iterator[Path]:
+    """This process's folder in each hierarchy that may bound it, and those above, the innermost first.
+
+    Lines of /proc/self/cgroup are `number:controllers:path`, with no controllers for v2, whose root is `cgroup` or,
+    beside v1, `cgroup`/unified. In a container the path may be one of the host's: then the root alone is seen.
+    """
     try:
-        lines = own.read_text().splitlines()
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
-        return ""
-    return next((line.removeprefix("0::").lstrip("/") for line in lines if line.startswith("0::")), "")
+        lines = []
+    roots = [
+        (cgroup / name, path)
+        for _, names, path in lines
+        if controller in names.split(",")
+        for name in {names, controller}
+    ]
+    roots += [(root, path) for _, names, path in lines if not names for root in (cgroup, cgroup / "unified")]
+    for root, path in roots or [(cgroup, "/")]:
+        folder = root / path.lstrip("/")
+        while folder.is_relative_to(root):
+            yield folder
+            folder = folder.parent
 
 
-def _cgroup_room(folder: Path) -> list[int]:
-    try:
-        limit_bytes = int((folder / "memory.max").read_text())
-        used_bytes = int((folder / "memory.current").read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return [limit_bytes - used_bytes + int(stat.get("inactive_file", 0))]
-    except (OSError, ValueError):
-        # No such file, or `max`: this one sets no limit.
-        return []
+def _memory_limits(cgroup: Path, own: Path) -> Iterator[tuple[int, int]]:
+    """(limit, what of it can't be had) of each cgroup that has one, in bytes."""
+    for folder in _folders("memory", cgroup, own):
+        for limit_file, used_file, cached in _MEMORY_FILES:
+            try:
+                limit_bytes = int((folder / limit_file).read_text())
+                used_bytes = int((folder / used_file).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                # No such file, or `max`: this one sets no limit.
+                continue
+            if limit_bytes < _NO_LIMIT_BYTES:
+                yield limit_bytes, used_bytes - int(stat.get(cached, 0))
