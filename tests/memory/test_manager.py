@@ -54,6 +54,7 @@ async def test_the_state_says_what_is_held_and_promised(serve: Serve, device: Si
         "total_bytes": 120 * MiB,
         "promised_bytes": 81 * MiB,
         "measured_bytes": 81 * MiB,
+        "ballooned_bytes": 0,
     }
     assert device.process_bytes(a["pid"]) == 81 * MiB
 

@@ -83,7 +83,8 @@ class Events:
         self._ring.append(event)
         if model is not None:
             self._last[model] = event
-        _log.log(_LEVELS[level], kind, model=model, reason=reason, **figures)
+        told = {"model": model, "reason": reason or None, **figures}
+        _log.log(_LEVELS[level], kind, **{name: value for name, value in told.items() if value is not None})
         for follower in list(self._followers):
             follower.tell(event)
             if follower.lost:

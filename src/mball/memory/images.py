@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ import structlog
 
 from mball.device import memfd
 from mball.errors import DeviceOutOfMemory, TransitionError
+from mball.memory.events import Events
 from mball.memory.ledger import Ledger
+from mball.memory.planner import Demand, Snapshot, plan
 from mball.memory.policy import image_drops
 from mball.memory.settings import Settings
 from mball.memory.states import Process, Weights
@@ -41,8 +44,9 @@ class Images:
     valuable goes first, and only for one that is worth twice as much.
     """
 
-    def __init__(self, ledger: Ledger, settings: Settings, changed: Callable[[], None]) -> None:
+    def __init__(self, ledger: Ledger, settings: Settings, events: Events, changed: Callable[[], None]) -> None:
         self.ledger = ledger
+        self._events = events
         self._settings = settings
         self._changed = changed
         self._filling: set[asyncio.Task[None]] = set()
@@ -76,7 +80,15 @@ class Images:
                 os.close(image.fd)
                 self.ledger.give_back(model.name)
         self._changed()
-        _log.info("image dropped", model=model.name, image_bytes=image.nbytes, reason=reason)
+        self._events.record("image dropped", model.name, reason, image_bytes=image.nbytes)
+
+    async def shrink(self, models: Iterable[Model], nbytes: int, why: str) -> None:
+        """Gives images of `nbytes` up, those that save the fewest seconds a byte; one that is being filled stays."""
+        owned = {m.name: m for m in models if m.image is not None and m.image.ready}
+        kept = tuple(dataclasses.replace(m.candidate(0), pinned=False) for m in owned.values())
+        held = sum(candidate.image_bytes for candidate in kept)
+        for move in plan(Snapshot(0, kept), Demand("", 0, dram_bytes=min(nbytes, held))) or []:
+            await self.drop(owned[move.model], f"{why}; {move.reason}")
 
     async def _let_go(self, worker: WorkerProcess) -> None:
         try:
@@ -121,7 +133,7 @@ class Images:
             image.ready = True
             if model.state.weights is Weights.SOURCE:
                 model.state = model.state.to(weights=Weights.DRAM)
-            _log.info("image ready", model=model.name, image_bytes=nbytes, fill_s=filled.get("fill_s"))
+            self._events.record("image ready", model.name, image_bytes=nbytes, fill_s=filled.get("fill_s"))
 
     def _victims(self, model: Model, models: list[Model], nbytes: int, now_s: float) -> list[Model] | None:
         """Whose images go for this one: [] where there is room, None where those that stay are worth more."""

@@ -6,11 +6,15 @@ from mball.errors import DeviceOutOfMemory, TransitionError
 
 
 class Ledger:
-    """Promises never exceed the total. Promise before the bytes are taken; give back only what is proven free."""
+    """Promises never exceed the total. Promise before the bytes are taken; give back only what is proven free.
+
+    `limit_bytes`, at most the total, bounds what is promised from now on; what was promised before may exceed it.
+    """
 
     def __init__(self, name: str, total_bytes: int) -> None:
         self.name = name
         self.total_bytes = total_bytes
+        self.limit_bytes = total_bytes
         self._held: dict[str, int] = {}
 
     @property
@@ -19,7 +23,15 @@ class Ledger:
 
     @property
     def free_bytes(self) -> int:
-        return self.total_bytes - self.promised_bytes
+        return max(0, self.limit_bytes - self.promised_bytes)
+
+    @property
+    def excess_bytes(self) -> int:
+        """Promised over the limit."""
+        return max(0, self.promised_bytes - self.limit_bytes)
+
+    def limit(self, nbytes: int) -> None:
+        self.limit_bytes = max(0, min(nbytes, self.total_bytes))
 
     def held(self, holder: str) -> int:
         return self._held.get(holder, 0)
@@ -34,7 +46,8 @@ class Ledger:
         """
         if nbytes < 0:
             raise TransitionError(f"{self.name}: a promise of {nbytes} bytes to {holder}")
-        free = self.free_bytes + self.held(holder)
+        held = self.held(holder)
+        free = max(held, self.limit_bytes - self.promised_bytes + held)
         if nbytes > free:
             raise DeviceOutOfMemory(f"{self.name}, for {holder}", nbytes, free, self.total_bytes)
         self._held[holder] = nbytes

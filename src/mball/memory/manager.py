@@ -15,35 +15,45 @@ import structlog
 from mball.device.device import Device
 from mball.errors import (
     ConfigError,
-    DeviceError,
     DeviceOutOfMemory,
     Draining,
+    InvalidRequest,
     QueueFull,
     QueueTimeout,
     TransitionError,
     UnknownModel,
+    VerbFailed,
 )
+from mball.memory.cores_keeper import CoresKeeper
+from mball.memory.events import Event, Events
+from mball.memory.figures_keeper import FiguresKeeper
 from mball.memory.images import Images
 from mball.memory.lease import Lease
 from mball.memory.ledger import Ledger
 from mball.memory.model import Model
+from mball.memory.pressure_watch import Gauge, PressureWatch
 from mball.memory.process import WorkerProcess
 from mball.memory.queue import Ticket
+from mball.memory.sampler import Sampler
 from mball.memory.scheduler import Scheduler
 from mball.memory.settings import Settings
 from mball.memory.spec import ModelSpec
 from mball.memory.states import Process
 from mball.memory.transition import Transitions
+from mball.units import format_bytes
 
 _log = structlog.get_logger(__name__)
+_SHOWN = 20
+"""Events in a snapshot."""
 
 
 class Manager:
     """Many models on one device. Everything runs on one asyncio loop, in whose thread workers are started too.
 
     `device_bytes` is what all workers may hold of the device together, `dram_bytes` what images may. `runtime_dir`
-    holds sockets, `log_dir` (by default inside it) a log per model. `command_for` gives the command that starts a
-    model's worker; `--control-fd N --spec JSON` is added to it.
+    holds sockets, `log_dir` (by default inside it) a log per model, `state_dir` what is kept across restarts (None:
+    nothing is). `command_for` gives the command that starts a model's worker; `--control-fd N --spec JSON` is added to
+    it. `gauge` tells of the host's memory (None: the host's own).
     """
 
     def __init__(
@@ -56,10 +66,13 @@ class Manager:
         runtime_dir: Path,
         command_for: Callable[[ModelSpec], list[str]],
         log_dir: Path | None = None,
+        state_dir: Path | None = None,
         settings: Settings | None = None,
+        gauge: Gauge | None = None,
     ) -> None:
         """Raises ConfigError for two models of one name."""
         self._settings = settings or Settings()
+        self.events = Events()
         self._scheduler: Scheduler | None = None
         self._models = {
             spec.name: Model(spec, self._settings, number, self._wake) for number, spec in enumerate(models)
@@ -70,7 +83,14 @@ class Manager:
         self._runtime_dir = runtime_dir
         self._log_dir = log_dir if log_dir is not None else runtime_dir / "logs"
         self._ledger = Ledger(device.name, min(device_bytes, device.total_bytes))
-        self._images = Images(Ledger("dram", dram_bytes), self._settings, self._wake)
+        self._images = Images(Ledger("dram", dram_bytes), self._settings, self.events, self._wake)
+        self._lease = Lease()
+        self._figures = FiguresKeeper(self._models, device.name, state_dir, self._settings)
+        self._cores = CoresKeeper(self._models, self._settings) if device.name == "cpu" else None
+        self._pressure = PressureWatch(
+            self._models, self._images, self.events, gauge or Gauge(), self._settings, self._refill
+        )
+        self._sampler: Sampler | None = None
         self._command_for = command_for
         self._transitions: Transitions | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -81,21 +101,44 @@ class Manager:
     async def start(self) -> None:
         """Begins to serve; models marked `preload` are brought in where there is room."""
         await asyncio.to_thread(_make_private, self._runtime_dir, self._log_dir)
+        await self._figures.recall()
         self._transitions = Transitions(
             self._device,
             self._ledger,
             self._images,
             self._settings,
+            self.events,
             self._runtime_dir,
             self._log_dir,
             self._command_for,
             self._worker_exited,
         )
         self._scheduler = Scheduler(
-            self._models, self._device, self._ledger, self._images, self._transitions, Lease(), self._settings
+            self._models,
+            self._device,
+            self._ledger,
+            self._images,
+            self._transitions,
+            self._lease,
+            self._settings,
+            self.events,
+        )
+        self._sampler = Sampler(
+            self._models,
+            self._ledger,
+            self._images,
+            self._transitions,
+            self._lease,
+            self._settings,
+            self.events,
+            self._wake,
         )
         self._spawn(self._scheduler.run(), "scheduler")
-        self._spawn(self._sample(self._transitions), "sampler")
+        self._spawn(self._sampler.run(), "sampler")
+        self._spawn(self._pressure.run(), "pressure")
+        self._spawn(self._figures.run(), "figures")
+        if self._cores is not None:
+            self._spawn(self._cores.run(), "cores")
         _log.info("memory manager started", device=self._device.name, device_bytes=self._ledger.total_bytes)
 
     def names(self) -> list[str]:
@@ -150,6 +193,36 @@ class Manager:
         self._model(name).pinned = False
         self._wake()
 
+    async def balloon(self, name: str, nbytes: int) -> None:
+        """Has a model do without `nbytes` of the device from now on, also while it serves; 0 gives all back, as soon as
+        there is room for it.
+
+        Raises UnknownModel, InvalidRequest where it can't do without so much, TransitionError.
+        """
+        model, transitions = self._model(name), self._transitions
+        kv_bytes = model.needs.kv_bytes if model.needs is not None else 0
+        if nbytes < 0 or (nbytes and nbytes >= kv_bytes):
+            most = f"its KV pool has {format_bytes(kv_bytes)}, which are not to be given up whole"
+            raise InvalidRequest(f"{name}: {format_bytes(nbytes)} for the balloon: {most}", param="bytes")
+        before, model.balloon_bytes = model.balloon_bytes, nbytes
+        if transitions is None or not model.on_device:
+            self.events.record("balloon set", name, "from the next promotion on", balloon_bytes=nbytes)
+            return
+        try:
+            async with asyncio.timeout(self._settings.drain_s), self._lease.hold() as epoch:
+                if model.on_device:
+                    await transitions.set_balloon(model, nbytes, epoch, "asked for by hand")
+        except DeviceOutOfMemory as error:
+            self.events.record("balloon set", name, f"its memory comes back once there is room: {error}")
+        except VerbFailed as error:
+            model.balloon_bytes = before
+            raise InvalidRequest(str(error), param="bytes") from None
+        except TimeoutError:
+            model.balloon_bytes = before
+            raise TransitionError(f"{name}: other moves took {self._settings.drain_s:.0f} s") from None
+        finally:
+            self._wake()
+
     async def engine_status(self, name: str) -> dict[str, Any] | None:
         """What the model's engine says of itself; None where its process doesn't live.
 
@@ -183,17 +256,28 @@ class Manager:
         """JSON for `/mball/v1/state`."""
         models = list(self._models.values())
         return {
-            "models": [model.snapshot(self._ledger.held(model.name)) for model in models],
+            "models": [
+                {
+                    **model.snapshot(self._ledger.held(model.name)),
+                    "last_event": self._told(self.events.last(model.name)),
+                }
+                for model in models
+            ],
             "device": {
                 "name": self._device.name,
                 "total_bytes": self._ledger.total_bytes,
                 "promised_bytes": self._ledger.promised_bytes,
                 "measured_bytes": sum(model.measured_bytes for model in models),
+                "ballooned_bytes": sum(model.ballooned_bytes for model in models if model.on_device),
             },
             "dram": {
                 "total_bytes": self._images.ledger.total_bytes,
+                "limit_bytes": self._images.ledger.limit_bytes,
                 "image_bytes": self._images.ledger.promised_bytes,
+                "pressure": self._pressure.snapshot(),
             },
+            "events": [self._told(event) for event in self.events.recent(_SHOWN)],
+            "books_wrong": self._sampler.check() if self._sampler is not None else [],
             "promotions": sum(model.counters.promotions for model in models),
             "demotions": sum(model.counters.demotions for model in models),
             "crashes": sum(model.counters.crashes for model in models),
@@ -237,6 +321,7 @@ class Manager:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._figures.save()
         if self._scheduler is not None:
             await self._scheduler.close()
         if self._transitions is not None:
@@ -246,6 +331,7 @@ class Manager:
                     _log.error("worker not stopped", error=str(error))
         await self._images.close(models)
         await asyncio.to_thread(_remove_sockets, self._runtime_dir)
+        self.events.close()
         _log.info("memory manager closed")
 
     def _model(self, name: str) -> Model:
@@ -280,6 +366,21 @@ class Manager:
     def _wake(self) -> None:
         if self._scheduler is not None:
             self._scheduler.wake()
+        if self._cores is not None:
+            self._cores.look()
+
+    def _refill(self) -> None:
+        """There is room for images again."""
+        for model in self._models.values():
+            if model.on_device and model.settled:
+                self._images.keep(model, self._models.values(), time.monotonic())
+
+    def _shown(self, model: Model) -> dict[str, Any]:
+        last = self.events.last(model.name)
+        return {**model.snapshot(self._ledger.held(model.name)), "last_event": self._told(last)}
+
+    def _told(self, event: Event | None) -> dict[str, Any] | None:
+        return None if event is None else {"id": self.events.id_of(event), **event.as_dict()}
 
     def _spawn(self, work: Any, name: str) -> None:
         task = asyncio.create_task(work, name=name)
@@ -289,34 +390,6 @@ class Manager:
     def _worker_exited(self, model: Model, worker: WorkerProcess) -> None:
         if self._scheduler is not None:
             self._scheduler.worker_exited(model, worker)
-
-    async def _sample(self, transitions: Transitions) -> None:
-        """Measures what workers hold: the busy often, the idle now and then."""
-        last: dict[str, float] = {}
-        while True:
-            await asyncio.sleep(self._settings.sample_s)
-            for model in self._models.values():
-                idle_s = time.monotonic() - last.get(model.name, 0.0)
-                if model.queue.in_flight or idle_s >= self._settings.idle_sample_s:
-                    last[model.name] = time.monotonic()
-                    await self._take_sample(transitions, model)
-
-    async def _take_sample(self, transitions: Transitions, model: Model) -> None:
-        if not model.settled or model.state.process is not Process.ALIVE:
-            return
-        try:
-            held = await transitions.measure(model)
-        except DeviceError as error:
-            _log.warning("not measured", model=model.name, error=str(error))
-            return
-        if held is None or not model.settled or model.state.process is not Process.ALIVE:
-            return
-        model.keeps(held)
-        if held > self._ledger.held(model.name):
-            with contextlib.suppress(DeviceOutOfMemory):
-                self._ledger.promise(model.name, held)
-                return
-            self._wake()
 
 
 def _draining() -> Draining:

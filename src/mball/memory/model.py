@@ -5,30 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mball.errors import MballError
+from mball.memory.cores import Cores
+from mball.memory.estimate import Estimate
+from mball.memory.figures import Figures, Needs
 from mball.memory.images import Image
 from mball.memory.planner import Candidate
 from mball.memory.process import Hello, WorkerProcess
 from mball.memory.queue import Queue
-from mball.memory.rates import Rate, Smoothed
+from mball.memory.rates import Rate
 from mball.memory.settings import Settings
 from mball.memory.spec import ModelSpec
 from mball.memory.states import Process, State, Weights
 from mball.units import GiB
-
-
-@dataclass
-class Figures:
-    """Measured, smoothed."""
-
-    start_s: Smoothed = field(default_factory=Smoothed)
-    demote_s: Smoothed = field(default_factory=Smoothed)
-    promote_s: dict[Weights, Smoothed] = field(default_factory=lambda: {w: Smoothed() for w in Weights})
-    load_rate: float | None = None
-    last_swap_s: float | None = None
 
 
 @dataclass
@@ -43,7 +35,10 @@ class Model:
     """State, queue and figures of one model. `lock` is held by whoever moves it. Only the holder changes
     `state`, but for an image that becomes ready.
 
-    `context_bytes`: device bytes of its idle worker. `high_water_bytes`: the most it was measured to hold.
+    `context_bytes`: device bytes of its idle worker. `estimate`: what its files say it needs, for the time before its
+    first worker. `balloon_bytes`: what its operator wants it to do without, `ballooned_bytes`: what its engine does
+    without now, `spare_bytes`: what the engine could give up now beside that, and nobody would notice. `cores`: where
+    its worker may compute.
     `failure` makes the error that its requests get while it has failed. `wanted` without a request: a preload.
     `moving`: it is part of a transition that was decided, and nothing else is to be decided about it; `arriving`:
     that transition brings it in. `unload` is done once it is off the device.
@@ -65,7 +60,11 @@ class Model:
         self.generation = 0
         self.context_bytes = 0
         self.measured_bytes = 0
-        self.high_water_bytes = 0
+        self.estimate: Estimate | None = None
+        self.balloon_bytes = 0
+        self.ballooned_bytes = 0
+        self.spare_bytes = 0
+        self.cores: Cores | None = None
         self.opened_s = 0.0
         self.gated_s: float | None = None
         self.not_before_s = 0.0
@@ -100,17 +99,38 @@ class Model:
         return Weights.DRAM if self.image is not None and self.image.ready else Weights.SOURCE
 
     @property
+    def needs(self) -> Needs | None:
+        """What it takes of the device, by part: as its worker announced, else as it was when one last lived, else as
+        its files say."""
+        hello, known = self.hello, self.figures.needs
+        if hello is not None:
+            working = self._working_bytes(hello.weights_bytes, hello.working_bytes)
+            return Needs(self.context_bytes, hello.weights_bytes, hello.kv_bytes, working)
+        if known is not None or self.estimate is None:
+            return known
+        weights_bytes = self.estimate.weights_bytes
+        return Needs(0, weights_bytes, self.estimate.kv_bytes, self._working_bytes(weights_bytes, None))
+
+    def _working_bytes(self, weights_bytes: int, announced: int | None) -> int:
+        working = self.spec.working_bytes if self.spec.working_bytes is not None else announced
+        return max(self.settings.working_bytes, weights_bytes // 8) if working is None else working
+
+    @property
     def needed_bytes(self) -> int:
-        """Device bytes on the device: as its worker announced, or the most measured if that is more."""
-        if self.hello is None:
-            return self.high_water_bytes
-        working = self.spec.working_bytes
-        if working is None:
-            working = self.hello.working_bytes
-        if working is None:
-            working = max(self.settings.working_bytes, self.hello.weights_bytes // 8)
-        announced = self.context_bytes + self.hello.weights_bytes + self.hello.kv_bytes + working
-        return max(announced, self.high_water_bytes)
+        """Device bytes on the device, less what the balloon has: as announced, or as measured if that was more."""
+        needs = self.needs
+        most = max(needs.total_bytes if needs else 0, self.figures.held.value)
+        ballooned = self.ballooned_bytes if self.on_device else self.balloon_bytes
+        return max(0, most - ballooned)
+
+    @property
+    def known_from(self) -> str:
+        """Where `needed_bytes` comes from: measured, announced (by its worker), estimate (from its files), nothing."""
+        if self.figures.held.value:
+            return "measured"
+        if self.hello is not None or self.figures.needs is not None:
+            return "announced"
+        return "nothing" if self.estimate is None else "estimate"
 
     @property
     def promote_s(self) -> float:
@@ -132,7 +152,8 @@ class Model:
         """Takes a measurement of what its worker holds."""
         self.measured_bytes = measured_bytes
         if self.on_device:
-            self.high_water_bytes = max(self.high_water_bytes, measured_bytes)
+            whole = measured_bytes + self.ballooned_bytes
+            self.figures.held.add(whole, time.monotonic(), used=self.queue.in_flight > 0)
 
     def candidate(self, held_bytes: int) -> Candidate:
         """It as the planner sees it; `held_bytes` are promised to it."""
@@ -141,6 +162,7 @@ class Model:
             self.name,
             demote_bytes=held_bytes - self.context_bytes if self.on_device else 0,
             stop_bytes=self.context_bytes if self.on_device else held_bytes,
+            balloon_bytes=min(self.spare_bytes, held_bytes - self.context_bytes) if self.on_device else 0,
             image_bytes=self.image.nbytes if self.image is not None and self.image.ready else 0,
             in_flight=self.queue.in_flight,
             pinned=self.pinned,
@@ -151,6 +173,7 @@ class Model:
             promote_s=self.promote_s,
             start_s=self.figures.start_s.value or 0.0,
             source_s=self.source_s,
+            balloon_s=self.figures.balloon_s.value or 0.0,
             oldest_wait_s=self.queue.oldest_wait_s(now),
             gated=self.gated_s is not None,
         )
@@ -173,6 +196,11 @@ class Model:
             "device_bytes": self.measured_bytes,
             "promised_bytes": promised_bytes,
             "needed_bytes": self.needed_bytes,
+            "known_from": self.known_from,
+            "balloon_bytes": self.balloon_bytes,
+            "ballooned_bytes": self.ballooned_bytes,
+            "spare_bytes": self.spare_bytes if self.on_device else 0,
+            "cores": self.cores.as_dict() if self.cores else None,
             "weights_bytes": self.hello.weights_bytes if self.hello else None,
             "loaded_bytes": worker.loaded_bytes if worker else 0,
             "baseline_bytes": self.hello.baseline_bytes if self.hello else None,

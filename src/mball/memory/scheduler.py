@@ -20,6 +20,7 @@ from mball.errors import (
     WorkerDied,
     WorkerNotStarted,
 )
+from mball.memory.events import Events
 from mball.memory.images import Images
 from mball.memory.lease import Lease
 from mball.memory.ledger import Ledger
@@ -48,6 +49,7 @@ class Scheduler:
         transitions: Transitions,
         lease: Lease,
         settings: Settings,
+        events: Events,
     ) -> None:
         self._models = models
         self._device = device
@@ -56,11 +58,11 @@ class Scheduler:
         self._transitions = transitions
         self._lease = lease
         self._settings = settings
+        self._events = events
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting = 0
         self._begun = False
-        self._displaced: set[str] = set()
         self._filling: set[str] = set()
         self._unfilled: set[str] = set()
 
@@ -104,13 +106,11 @@ class Scheduler:
             self._fill(self._models[fill.model], now)
         if decision.send:
             victims = [(self._models[name], reason) for name, reason in decision.send]
-            self._displaced -= {model.name for model, _ in victims}
             self._begin(self._demote(victims), [model for model, _ in victims])
         if decision.bring is not None:
             model = self._models[decision.bring.model]
             model.arriving = True
             leaving = [self._models[move.model] for move in decision.bring.moves if move.kind != "balloon"]
-            self._displaced |= {victim.name for victim in leaving}
             self._begin(self._bring(model, decision.bring), [model, *leaving])
         self._gate(decision.gates, now)
         return decision.again_s
@@ -145,7 +145,6 @@ class Scheduler:
             ready_in_s=max(0.0, model.not_before_s - now),
             idle_left_s=None if keep_alive_s is None else model.queue.last_used_s + keep_alive_s - now,
             unload=model.unload is not None,
-            displaced=model.name in self._displaced and not model.crashes_in_row,
             gated_s=None if model.gated_s is None else now - model.gated_s,
             image_wanted_bytes=hello.image_bytes if hello is not None and fills else 0,
             filling=model.name in self._filling,
@@ -166,7 +165,6 @@ class Scheduler:
         if model.unload is not None:
             model.unload.set_result(None)
             model.unload = None
-            self._displaced.discard(model.name)
 
     def _fill(self, model: Model, now: float) -> None:
         """Others go on switching meanwhile. Where it comes to nothing, the next promotion loads from the source."""
@@ -230,7 +228,6 @@ class Scheduler:
         model.figures.last_swap_s = time.monotonic() - began
         model.wanted = False
         self._unfilled.discard(model.name)
-        self._displaced.discard(model.name)
         if model.worker is not None and not model.worker.exited.is_set():
             model.queue.open(model.worker.spec.socket_path)
             self._images.keep(model, self._models.values(), time.monotonic())
@@ -238,14 +235,14 @@ class Scheduler:
     async def _execute(self, move: Move, epoch: int, reason: str) -> None:
         victim = self._models[move.model]
         match move.kind:
+            case "balloon":
+                await self._transitions.balloon(victim, move.frees_bytes, epoch, reason)
             case "stop":
                 await self._transitions.stop(victim, reason)
             case "drop":
                 await self._images.drop(victim, reason)
             case _:
                 await self._transitions.demote(victim, epoch, reason)
-                if victim.worker is None:  # it was not to be trusted: only a request brings it back
-                    self._displaced.discard(victim.name)
 
     def worker_exited(self, model: Model, worker: WorkerProcess) -> None:
         """The process has ended: those inside are told at once; its bytes are given back once proven free."""
@@ -271,7 +268,8 @@ class Scheduler:
         model.crashes_in_row += 1
         backoff_s = self._settings.backoff_s * 2 ** (model.crashes_in_row - 1)
         model.not_before_s = time.monotonic() + backoff_s
-        _log.warning("worker failed", model=model.name, in_a_row=model.crashes_in_row, error=model.error)
+        why = f"{model.crashes_in_row} in a row; not started again for {backoff_s:.2f} s: {model.error or 'it ended'}"
+        self._events.record("worker failed", model.name, why, level="warning", in_a_row=model.crashes_in_row)
 
     def _fail(self, model: Model, why: str, *, fits: bool = True) -> None:
         """Its waiters get the reason, and so does whoever comes before the cool-down is over."""
@@ -289,7 +287,7 @@ class Scheduler:
         if model.state.process is Process.GONE:
             model.state = model.state.to(Process.FAILED)
         model.queue.refuse(failure)
-        _log.error("model failed", model=model.name, reason=why, cool_down_s=cool_down_s)
+        self._events.record("failed", model.name, why, level="error", cool_down_s=cool_down_s)
 
     def _refuse_if_pinned_out(self, model: Model) -> None:
         alive = model.state.process is Process.ALIVE
@@ -312,9 +310,9 @@ class Scheduler:
                 if model.gated_s is None:
                     model.gated_s = now
                     model.queue.close()
-                    _log.info("gated", model=model.name, in_flight=model.queue.in_flight)
+                    self._events.record("gated", model.name, "it is to leave", in_flight=model.queue.in_flight)
             elif model.gated_s is not None:
-                _log.info("gate opened", model=model.name, drained=model.queue.in_flight == 0)
+                self._events.record("gate opened", model.name, "it may stay", in_flight=model.queue.in_flight)
                 model.gated_s = None
                 model.queue.open(model.worker.spec.socket_path)
 

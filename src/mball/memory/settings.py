@@ -16,7 +16,10 @@ class Settings:
     `slack_bytes` is what a demoted worker may hold above its idle level without being stopped for it; what it really
     holds is charged to it. `working_bytes` is the least that a model is thought to need beside weights and KV until
     it has been measured. A load from the source that would take longer than `hold_s` goes through an image first, as
-    others can switch meanwhile; who is asked for at least `ahead_rate` times a second may be brought in ahead of need.
+    others can switch meanwhile. Rates of arrival are those of the last `rate_window_s` or so.
+    Images leave `host_reserve_bytes` of host memory to others (None: by the host's size), looked at every `pressure_s`
+    at least. What a balloon took for others comes back once there was room for it for `deflate_s`. A model counts as
+    computing for `active_s` after its last request. Figures are kept every `save_s` where there is a folder for them.
     """
 
     max_queue: int = 1024
@@ -25,9 +28,10 @@ class Settings:
     swap_time_share: float = 0.2
     min_stay_s: float = 0.0
     max_stay_s: float = 30.0
-    hold_s: float = 3.0
-    ahead_rate: float = 1 / 300
+    hold_s: float = 1.0
 
+    zygote: bool = True
+    fork_s: float = 10.0
     start_s: float = 300.0
     promote_s: float = 600.0
     demote_s: float = 60.0
@@ -41,6 +45,7 @@ class Settings:
 
     start_attempts: int = 3
     backoff_s: float = 0.5
+    max_backoff_s: float = 60.0
     cool_down_s: float = 30.0
     max_starts: int = 2
 
@@ -49,8 +54,13 @@ class Settings:
     first_rate: float = 1.0 * GiB
     sample_s: float = 0.25
     idle_sample_s: float = 5.0
-    rate_window_s: float = 120.0
+    rate_window_s: float = 600.0
     log_bytes: int = 8 * MiB
+    host_reserve_bytes: int | None = None
+    pressure_s: float = 2.0
+    deflate_s: float = 10.0
+    active_s: float = 1.0
+    save_s: float = 60.0
 
     def stay_s(self, swap_s: float) -> float:
         """How long a model that took `swap_s` to bring in stays before it may be demoted for another."""

@@ -14,13 +14,16 @@ from mball.device.device import Device
 from mball.errors import (
     ConfigError,
     DeviceError,
+    DeviceOutOfMemory,
     IllegalMove,
     MballError,
     ModelDoesNotFit,
     NotReleased,
     TransitionError,
+    VerbFailed,
     WorkerDied,
 )
+from mball.memory.events import Events
 from mball.memory.images import Images
 from mball.memory.ledger import Ledger
 from mball.memory.model import Model
@@ -44,6 +47,7 @@ class Transitions:
         ledger: Ledger,
         images: Images,
         settings: Settings,
+        events: Events,
         folder: Path,
         log_folder: Path,
         command_for: Callable[[ModelSpec], list[str]],
@@ -53,6 +57,7 @@ class Transitions:
         self._ledger = ledger
         self._images = images
         self._settings = settings
+        self._events = events
         self._folder = folder
         self._log_folder = log_folder
         self._command_for = command_for
@@ -91,7 +96,7 @@ class Transitions:
                 raise
             took = time.monotonic() - began
             model.figures.start_s.add(took)
-            _log.info("worker started", model=model.name, pid=worker.pid, start_s=round(took, 3))
+            self._events.record("started", model.name, pid=worker.pid, start_s=round(took, 3))
 
     async def promote(self, model: Model, epoch: int) -> None:
         """Alive → on the device and answering, its door still shut. There is room for it.
@@ -104,7 +109,11 @@ class Transitions:
             self._ledger.promise(model.name, model.needed_bytes)
             worker.loaded_bytes = 0
             began = time.monotonic()
+            reason = _whom_for(model)
             try:
+                if model.ballooned_bytes != model.balloon_bytes:
+                    # What was taken for others has ended with the stay; its operator's wish goes on.
+                    await self._squeeze(model, worker, model.balloon_bytes, epoch)
                 done = await worker.call("promote", deadline_s=settings.promote_s, epoch=epoch)
                 canary = await worker.call("canary", deadline_s=settings.canary_s)
                 if not canary.get("ok"):
@@ -122,15 +131,17 @@ class Transitions:
             model.counters.promotions += 1
             model.opened_s = model.queue.last_used_s = time.monotonic()
             model.error = None
-            _log.info(
+            self._events.record(
                 "promoted",
-                model=model.name,
+                model.name,
+                reason,
                 epoch=epoch,
                 weights_from=rest.value,
                 promote_s=round(took, 3),
                 held_bytes=held,
                 promised_bytes=self._ledger.held(model.name),
             )
+        await self.inquire(model)
 
     async def demote(self, model: Model, epoch: int, reason: str) -> None:
         """On the device → alive at rest, or gone where the worker did not give its bytes back.
@@ -152,18 +163,92 @@ class Transitions:
                 await self.bury(model)
                 return
             model.state = model.state.to(weights=model.rest)
+            model.figures.held.start_anew()
             model.measured_bytes = held
             self._ledger.promise(model.name, held)
             took = time.monotonic() - began
             model.figures.demote_s.add(took)
-            _log.info("demoted", model=model.name, epoch=epoch, demote_s=round(took, 3), held_bytes=held, reason=reason)
+            self._events.record("demoted", model.name, reason, epoch=epoch, demote_s=round(took, 3), held_bytes=held)
+
+    async def balloon(self, model: Model, nbytes: int, epoch: int, reason: str) -> None:
+        """Takes `nbytes` more from a model while it serves, of what nobody uses, and proves them free.
+
+        Raises DeviceOutOfMemory where it can't give as much any more; WorkerDied.
+        """
+        try:
+            await self.set_balloon(model, model.ballooned_bytes + nbytes, epoch, reason, gently=True)
+        except (VerbFailed, NotReleased) as error:
+            spare_bytes, model.spare_bytes = model.spare_bytes, 0
+            _log.warning("not ballooned", model=model.name, error=str(error))
+            what = f"{model.name}'s balloon"
+            raise DeviceOutOfMemory(what, nbytes, spare_bytes, self._ledger.held(model.name)) from error
+
+    async def set_balloon(self, model: Model, nbytes: int, epoch: int, reason: str, *, gently: bool = False) -> None:
+        """Has a living model do without `nbytes`, fewer or more than now.
+
+        Raises VerbFailed where its engine can't, DeviceOutOfMemory where there is no room for what it takes back,
+        NotReleased where the device does not show free what it gave (that stays promised); WorkerDied,
+        TransitionError.
+        """
+        async with model.lock:
+            worker, before, held = _alive(model), model.ballooned_bytes, self._ledger.held(model.name)
+            if not model.on_device:
+                await self._squeeze(model, worker, nbytes, epoch)
+                return
+            # What comes back is taken at once: it is promised before.
+            self._ledger.promise(model.name, held + max(0, before - nbytes))
+            free_bytes = await asyncio.to_thread(self._device.free_bytes)
+            began = time.monotonic()
+            try:
+                await self._squeeze(model, worker, nbytes, epoch, gently=gently)
+            except TransitionError:
+                self._ledger.promise(model.name, held)
+                raise
+            took, freed = time.monotonic() - began, model.ballooned_bytes - before
+            model.spare_bytes = max(0, model.spare_bytes - freed)
+            model.figures.held.start_anew()
+            if freed > 0:
+                await self._given(model, held - freed, free_bytes + freed)
+            else:
+                model.figures.balloon_s.add(took)
+            self._ledger.promise(model.name, held - freed)
+            self._events.record(
+                "ballooned" if freed > 0 else "deflated",
+                model.name,
+                reason,
+                epoch=epoch,
+                freed_bytes=freed,
+                ballooned_bytes=model.ballooned_bytes,
+                balloon_s=round(took, 3),
+            )
+
+    async def inquire(self, model: Model) -> None:
+        """Asks its engine what it could give up now. Where it doesn't say, it is thought to be nothing."""
+        model.spare_bytes, worker = 0, model.worker
+        if worker is None or not model.on_device:
+            return
+        try:
+            status = await worker.call("status", deadline_s=self._settings.verb_s)
+        except TransitionError as error:
+            _log.warning("no status", model=model.name, error=str(error))
+            return
+        if model.on_device and not model.lock.locked():
+            model.spare_bytes = int(status.get("spare_bytes", 0))
+
+    async def _squeeze(
+        self, model: Model, worker: WorkerProcess, nbytes: int, epoch: int, *, gently: bool = False
+    ) -> None:
+        done = await worker.call(
+            "balloon", deadline_s=self._settings.demote_s, epoch=epoch, bytes=nbytes, gently=gently
+        )
+        model.ballooned_bytes = int(done["ballooned_bytes"])
 
     async def stop(self, model: Model, reason: str) -> None:
         """Any state with a process → gone. Raises NotReleased, TransitionError as `bury`."""
         async with model.lock:
             if model.worker is not None:
                 await self.bury(model, politely=True)
-                _log.info("worker stopped", model=model.name, reason=reason)
+                self._events.record("stopped", model.name, reason)
 
     async def bury(self, model: Model, *, politely: bool = False) -> None:
         """Ends the worker for certain, proves its bytes free, and gives the promise back. The lock is held.
@@ -185,10 +270,10 @@ class Transitions:
         await self._gone(worker)
         self._ledger.give_back(model.name)
         model.worker = None
-        model.measured_bytes = 0
+        model.measured_bytes = model.ballooned_bytes = model.spare_bytes = 0
         model.state = model.state.to(Process.GONE, model.rest)
         if ended:
-            _log.warning("worker ended by itself", model=model.name, pid=worker.pid, exit_code=worker.exit_code)
+            self._events.record("ended", model.name, f"exit code {worker.exit_code}", level="warning", pid=worker.pid)
 
     async def measure(self, model: Model) -> int | None:
         """Device bytes that its worker holds now; None where it has none, or they can't be seen."""
@@ -201,6 +286,7 @@ class Transitions:
         """After a hello: what the context costs, whether the model fits at all, and its image."""
         model.context_bytes = model.measured_bytes = await self._held(model)
         self._ledger.promise(model.name, model.context_bytes)
+        model.figures.needs = model.needs
         if model.needed_bytes > self._ledger.total_bytes:
             raise ModelDoesNotFit(does_not_fit(model, self._ledger.total_bytes))
         await self._images.attach(model)
@@ -223,6 +309,18 @@ class Transitions:
                 )
             await asyncio.sleep(_POLL_S)
         return held
+
+    async def _given(self, model: Model, allowed_bytes: int, free_bytes: int) -> None:
+        """Waits until a ballooned worker holds no more than it may, or, where the device hides what it holds, until so
+        much is free. Raises NotReleased, WorkerDied."""
+        if await self.measure(model) is not None:
+            model.measured_bytes = await self._released(model, allowed_bytes)
+            return
+        deadline = time.monotonic() + self._settings.release_s
+        while (free := await asyncio.to_thread(self._device.free_bytes)) < free_bytes - self._settings.slack_bytes:
+            if time.monotonic() > deadline:
+                raise NotReleased(f"{self._device.name}: {format_bytes(free)} are free, not {format_bytes(free_bytes)}")
+            await asyncio.sleep(_POLL_S)
 
     async def _gone(self, worker: WorkerProcess) -> None:
         """Waits until a dead process holds nothing any more. Raises NotReleased."""
@@ -260,6 +358,15 @@ def does_not_fit(model: Model, total_bytes: int) -> str:
         f"{model.name}: needs {format_bytes(needed)}{parts}, the device's budget is {format_bytes(total_bytes)} in "
         "all: raise the budget, or lower max_model_len, max_num_seqs or the KV pool"
     )
+
+
+def _whom_for(model: Model) -> str:
+    """Why it is brought in."""
+    waiting = len(model.queue)
+    if not waiting:
+        return "wanted" if model.wanted else "ahead of need"
+    oldest_s = model.queue.oldest_wait_s(time.monotonic())
+    return f"{waiting} waiting, the oldest for {oldest_s:.1f} s"
 
 
 def _alive(model: Model) -> WorkerProcess:

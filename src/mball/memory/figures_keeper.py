@@ -1,0 +1,80 @@
+"""Recalls figures when the manager starts, and keeps them as they change."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import structlog
+
+from mball.memory.estimate import Estimate, estimate, revision
+from mball.memory.figures_store import FiguresStore, Kept
+from mball.memory.model import Model
+from mball.memory.settings import Settings
+
+_log = structlog.get_logger(__name__)
+
+
+class FiguresKeeper:
+    """Files are read and written in threads, never on the loop. Without a folder nothing is kept."""
+
+    def __init__(self, models: Mapping[str, Model], device: str, folder: Path | None, settings: Settings) -> None:
+        self._models = models
+        self._device = device
+        self._store = None if folder is None else FiguresStore(folder)
+        self._settings = settings
+        self._revisions: dict[str, str] = {}
+        self._saved: object = None
+
+    async def recall(self) -> None:
+        """Each model's figures as they were, where it has not changed; else a first estimate from its files."""
+        specs = {m.name: dataclasses.replace(m.spec.worker, device=self._device) for m in self._models.values()}
+
+        def read() -> tuple[dict[str, str], dict[str, Estimate | None], dict[str, Kept]]:
+            revisions = {name: revision(spec) for name, spec in specs.items()}
+            estimates = {name: estimate(spec) for name, spec in specs.items()}
+            return revisions, estimates, {} if self._store is None else self._store.load()
+
+        self._revisions, estimates, kept = await asyncio.to_thread(read)
+        for model in self._models.values():
+            model.estimate = estimates[model.name]
+            found = kept.get(model.name)
+            if found is None:
+                continue
+            if found.revision != self._revisions[model.name]:
+                _log.info("figures forgotten: the model has changed", model=model.name)
+                continue
+            model.figures = found.figures()
+            past_s = max(0.0, time.time() - found.saved_at)
+            model.queue.rate.resume(found.rate, time.monotonic() - past_s)
+        self._saved = self._marks()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while self._store is not None:
+            await asyncio.sleep(self._settings.save_s)
+            await self.save()
+
+    async def save(self) -> None:
+        """Where something has changed since."""
+        marks = self._marks()
+        if self._store is None or not self._revisions or marks == self._saved:
+            return
+        now, wall = time.monotonic(), time.time()
+        kept = {
+            m.name: Kept.of(m.figures, self._revisions[m.name], m.queue.rate.at(now), wall)
+            for m in self._models.values()
+            if m.figures.needs is not None or m.queue.rate.at(now) > 0
+        }
+        if await asyncio.to_thread(self._store.save, kept):
+            self._saved = marks
+
+    def _marks(self) -> object:
+        """Changes whenever figures do."""
+        return [
+            (m.counters.starts, m.counters.promotions, m.counters.demotions, m.figures.held.value, m.queue.last_used_s)
+            for m in self._models.values()
+        ]
