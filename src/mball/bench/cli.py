@@ -92,6 +92,26 @@ def page(
     target.write_text(pages.page(reports, drawn, target.parent))
 
 
+@app.command()
+def simulate(
+    traces: Annotated[
+        str, typer.Option(help="By commas: steady, bursty, shifting, heavy-tailed.")
+    ] = "steady,bursty,shifting,heavy-tailed",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each contender on each trace.")] = 10,
+    rate: Annotated[float, typer.Option(min=0.01, help="Requests a second over all models, on average.")] = 0.3,
+    minutes: Annotated[float, typer.Option(min=1, help="Virtual time of a run.")] = 75.0,
+    tune: Annotated[bool, typer.Option("--tune", help="Tune every contender first (minutes).")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write every run here, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot here: PLOT.svg and PLOT.png.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a page here, and its plot beside it.")] = None,
+) -> None:
+    """MBALL's policy against others' on one GPU with 24 models, over virtual time."""
+    from mball.bench.simulate import Simulation, run_simulation
+
+    simulation = Simulation(traces=_words(traces), seeds=seeds, rate=rate, minutes=minutes, tuning=tune)
+    run_simulation(simulation, json_path=json, plot_path=plot, markdown_path=markdown, console=Console())
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word for word in text.split(",") if word)
 

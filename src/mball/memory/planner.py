@@ -26,8 +26,8 @@ class Candidate:
     `balloon_bytes` of `demote_bytes` are such that its engine can give them up while it serves, and `image_bytes` are
     held in DRAM. Coming back takes `promote_s` from where its weights rest, `start_s` more after a stop, `source_s` in
     place of `promote_s` without the image, `balloon_s` for what the balloon took. `stay_s` is how long it has been on
-    the device, `min_stay_s` how long it may at least stay. `rate` is in requests a second; `oldest_wait_s` is the age
-    of the oldest request that waits for it. The higher `priority` goes first. `gated`: an earlier plan shut its door
+    the device, `min_stay_s` how long it may at least stay. `rate` is in requests a second; `queued` requests wait for
+    it now, the oldest for `oldest_wait_s`. The higher `priority` goes first. `gated`: an earlier plan shut its door
     already.
     """
 
@@ -42,6 +42,7 @@ class Candidate:
     stay_s: float = 0.0
     min_stay_s: float = 0.0
     rate: float = 0.0
+    queued: int = 0
     promote_s: float = 0.0
     start_s: float = 0.0
     source_s: float = 0.0
@@ -181,8 +182,8 @@ def _drop(c: Candidate) -> Offer[_What]:
 
 
 def _offer(kind: Kind, c: Candidate, nbytes: int, seconds: float) -> Offer[_What]:
-    # A move takes at least a moment: of two that free enough, none at all is better.
-    cost = max(c.rate, _RARE) * max(seconds, 1e-3) * (_UNDER_WAY if c.gated and kind != "drop" else 1.0)
+    # Those that wait come within the second. A move takes at least a moment: of two that free enough, none is better.
+    cost = max(c.rate + c.queued, _RARE) * max(seconds, 1e-3) * (_UNDER_WAY if c.gated and kind != "drop" else 1.0)
     return Offer(nbytes, cost, _What(kind, c, seconds))
 
 

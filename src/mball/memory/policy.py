@@ -12,10 +12,10 @@ from mball.memory.states import Process
 from mball.units import format_bytes
 
 ADVANTAGE = 2.0
-"""By how much what is brought in without need must be worth more than what goes for it: moving costs, figures waver."""
+"""By how much an image must be worth more than those that go for it: filling costs too, and figures waver."""
 
 _TRIED = 3
-"""So many of the most hopeful are planned for ahead of need: the rest would hardly win."""
+"""So many images are weighed against those that are kept: the rest would hardly win."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Standing:
     without one: a preload. `held_bytes` of the device are promised to it, `needed_bytes` when it is on the device,
     `context_bytes` when its worker sleeps; it was measured to hold `over_bytes` more than promised. `ready_in_s`: not
     to be started or promoted before. `idle_left_s`: for so long it may still stay without a request (None: for ever).
-    `displaced`: it went for another's sake, and is not back. `gated_s`: for how long its door
+    `gated_s`: for how long its door
     has been shut. `image_wanted_bytes`: what an image of it would take (0: it has one, or can have none); `filling`:
     its image is being filled.
     """
@@ -47,7 +47,6 @@ class Standing:
     ready_in_s: float = 0.0
     idle_left_s: float | None = None
     unload: bool = False
-    displaced: bool = False
     gated_s: float | None = None
     image_wanted_bytes: int = 0
     filling: bool = False
@@ -82,7 +81,6 @@ class Bring:
     verb: Literal["start", "promote"]
     nbytes: int
     moves: tuple[Move, ...]
-    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +113,7 @@ class Decision:
 
 
 def decide(look: Look, settings: Settings) -> Decision:
-    """Whom to serve next, whose door to shut for it, what to move, and what to bring in ahead of need."""
+    """Whom to serve next, whose door to shut for it, what to move, and which image to fill meanwhile."""
     return _Round(look, settings).decide()
 
 
@@ -131,11 +129,13 @@ def image_drops(
 ) -> tuple[Move, ...] | None:
     """Whose images go for one of `nbytes`: () where there is room, None where those that stay are worth more.
 
-    An image is worth the seconds that it saves: arrival rate × what loading from the source takes longer.
+    An image is worth the seconds that it saves: arrival rate × what loading from the source takes longer. One whose
+    requests wait is worth any other.
     """
     images = tuple(replace(c, pinned=False, promote_s=0.0) for c in kept if c.image_bytes > 0)
     drops = plan(Snapshot(0, images, dram_free_bytes), Demand(wanting.name, 0, dram_bytes=nbytes))
-    if drops is None or ADVANTAGE * sum(move.cost for move in drops) > wanting.rate * wanting.source_s:
+    gain = (wanting.rate + wanting.queued) * wanting.source_s
+    if drops is None or ADVANTAGE * sum(move.cost for move in drops) > gain:
         return None
     return tuple(drops)
 
@@ -163,7 +163,7 @@ class _Round:
         for standing in sorted(wanting, key=lambda s: turn(s, self._settings)):
             self._serve(standing)
         if not any(s.queued for s in wanting):
-            self._look_ahead()
+            self._fill_ahead()
         self._again += [
             self._settings.drain_s - (s.gated_s or 0.0) for s in self._standings if s.name in self._out.gates
         ]
@@ -269,7 +269,20 @@ class _Round:
         c = s.candidate
         if not s.image_wanted_bytes or c.image_bytes or c.promote_s <= self._settings.hold_s:
             return False
-        drops = image_drops(c, s.image_wanted_bytes, self._images(), self._dram_free_bytes)
+        return self._fill(s)
+
+    def _fill_ahead(self) -> None:
+        """Nobody waits, and nothing is read: the image that would save most, where those that go save far less."""
+        if self._out.fills or any(s.filling for s in self._standings):
+            return
+        lacking = [s for s in self._standings if s.image_wanted_bytes and s.process is Process.ALIVE and s.settled]
+        hopeful = [s for s in lacking if s.candidate.rate > 0 and s.name not in self._taken]
+        for s in sorted(hopeful, key=lambda s: (-s.candidate.rate * s.candidate.source_s, s.number))[:_TRIED]:
+            if self._fill(s):
+                return
+
+    def _fill(self, s: Standing) -> bool:
+        drops = image_drops(s.candidate, s.image_wanted_bytes, self._images(), self._dram_free_bytes)
         if drops is None:
             return False
         self._out.fills.append(Fill(s.name, drops))
@@ -279,32 +292,6 @@ class _Round:
 
     def _images(self) -> list[Candidate]:
         return [s.candidate for s in self._standings if s.settled and not s.filling and s.name not in self._taken]
-
-    def _look_ahead(self) -> None:
-        """Nobody waits: what is likely to be asked for next comes back where that costs others far less."""
-        hopeful = sorted(
-            ((gain / max(1, s.lacking_bytes), gain, verb, s) for s in self._standings for verb, gain in self._hope(s)),
-            key=lambda hope: (-hope[0], hope[3].number),
-        )
-        for _, gain, verb, s in hopeful[:_TRIED]:
-            moves = plan(self._snapshot(), Demand(s.name, s.lacking_bytes, priority=s.candidate.priority))
-            if moves is None or any(move.kind in ("drain", "balloon") for move in moves):
-                continue
-            if gain > ADVANTAGE * sum(move.cost for move in moves):
-                self._begin(Bring(s.name, verb, s.lacking_bytes, tuple(moves), ahead=True))
-                return
-
-    def _hope(self, s: Standing) -> Iterable[tuple[Literal["start", "promote"], float]]:
-        """What having it back would save, in seconds of waiting a second; nothing where it can't come back now."""
-        c, settings = s.candidate, self._settings
-        expired = s.idle_left_s is not None and s.idle_left_s <= 0
-        if s.on_device or not s.displaced or expired or s.unload or s.filling or c.rate < settings.ahead_rate:
-            return
-        verb = self._verb(s)
-        if verb == "promote" and not self._busy and c.promote_s <= settings.hold_s:
-            yield verb, c.rate * c.promote_s
-        elif verb == "start" and self._starting + 1 < settings.max_starts:  # the last place is for one that waits
-            yield verb, c.rate * c.start_s
 
     def _snapshot(self) -> Snapshot:
         movable = (
