@@ -171,6 +171,7 @@ class Model:
             min_stay_s=self.stay_s(),
             rate=self.queue.rate.at(now),
             promote_s=self.promote_s,
+            queued=len(self.queue),
             start_s=self.figures.start_s.value or 0.0,
             source_s=self.source_s,
             balloon_s=self.figures.balloon_s.value or 0.0,

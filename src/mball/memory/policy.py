@@ -157,7 +157,7 @@ class _Round:
     def decide(self) -> Decision:
         self._send_away()
         if self._busy:
-            self._out.gates |= {s.name for s in self._standings if s.gated_s is not None}
+            self._out.gates |= {s.name for s in self._standings if s.gated_s is not None} - self._taken
         self._taken |= self._out.gates
         wanting = [s for s in self._standings if (s.queued or s.wanted) and not (s.is_open or s.on_device)]
         for standing in sorted(wanting, key=lambda s: turn(s, self._settings)):

@@ -103,7 +103,7 @@ class Scheduler:
         for start in decision.starts:
             self._launch(self._models[start.model], start.nbytes)
         for fill in decision.fills:
-            self._fill(self._models[fill.model], now)
+            self._fill(self._models[fill.model], now, decided=True)
         if decision.send:
             victims = [(self._models[name], reason) for name, reason in decision.send]
             self._begin(self._demote(victims), [model for model, _ in victims])
@@ -166,18 +166,18 @@ class Scheduler:
             model.unload.set_result(None)
             model.unload = None
 
-    def _fill(self, model: Model, now: float) -> None:
-        """Others go on switching meanwhile. Where it comes to nothing, the next promotion loads from the source."""
-        task = self._images.keep(model, self._models.values(), now)
-        self._unfilled.add(model.name)
-        if task is None:
-            self._wake.set()
-            return
-        self._filling.add(model.name)
-        task.add_done_callback(lambda _: self._filled(model))
+    def _fill(self, model: Model, now: float, *, decided: bool) -> None:
+        """Others go on switching meanwhile. Where a decided one comes to nothing, the next promotion is from the
+        source."""
+        task = None if model.name in self._filling else self._images.keep(model, self._models.values(), now)
+        if task is not None:
+            self._filling.add(model.name)
+            task.add_done_callback(lambda _: self._filled(model, decided))
 
-    def _filled(self, model: Model) -> None:
+    def _filled(self, model: Model, decided: bool) -> None:
         self._filling.discard(model.name)
+        if decided and (model.image is None or not model.image.ready):
+            self._unfilled.add(model.name)
         self._wake.set()
 
     def _launch(self, model: Model, nbytes: int) -> None:
@@ -230,7 +230,7 @@ class Scheduler:
         self._unfilled.discard(model.name)
         if model.worker is not None and not model.worker.exited.is_set():
             model.queue.open(model.worker.spec.socket_path)
-            self._images.keep(model, self._models.values(), time.monotonic())
+            self._fill(model, time.monotonic(), decided=False)
 
     async def _execute(self, move: Move, epoch: int, reason: str) -> None:
         victim = self._models[move.model]
