@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import dataclasses
 import json
 import mmap
 import os
+import random
 import select
 import signal
 import socket
@@ -25,6 +25,7 @@ from typing import Any
 
 from aiohttp import web
 
+from mball.device import prctl
 from mball.device.account import open_account
 from mball.device.proc import private_bytes
 from mball.errors import CheckpointError, TransitionError
@@ -36,9 +37,11 @@ MiB = 1 << 20
 
 @dataclass(frozen=True)
 class Knobs:
-    """How this worker behaves. A step is start, promote, canary, demote, image, drop_image, stop or request.
+    """How this worker behaves. A step is start, promote, canary, demote, balloon, image, drop_image, stop or
+    request. Only where it `balloons` does it say what it could give up.
 
     `crash_at`, `hang_at`, `fail_at` name the step at which it kills itself, never answers, or answers with an error.
+    `orphan`: it has a child, which with `leaves_group` is in a session of its own. `lone`: it goes on without a manager.
     `times` bounds how often that happens, over all workers that share the file `counter`; without one: always.
     """
 
@@ -54,8 +57,11 @@ class Knobs:
     token_s: float = 0.0
     tokens: int = 4
     kept_bytes: int = 0
+    balloons: bool = False
     deaf: bool = False
     orphan: bool = False
+    leaves_group: bool = False
+    lone: bool = False
     cannot_start: str = ""
     crash_at: str = ""
     hang_at: str = ""
@@ -91,11 +97,14 @@ class FakeWorker:
         self.image: int | None = None
         self.image_ready = False
         self.in_flight = 0
+        self.ballooned = 0
+        self.threads = spec.threads
         self.stopped = asyncio.Event()
 
     @property
     def held(self) -> int:
-        return self.knobs.weights_bytes + self.knobs.kv_bytes + self.knobs.working_bytes + self.knobs.extra_bytes
+        knobs = self.knobs
+        return knobs.weights_bytes + knobs.kv_bytes - self.ballooned + knobs.working_bytes + knobs.extra_bytes
 
     def hello(self) -> dict[str, Any]:
         self.baseline = private_bytes(os.getpid()) or 0
@@ -131,7 +140,7 @@ class FakeWorker:
         self.account.take(nbytes)
         self.taken = nbytes
         if self.spec.device == "cpu":
-            self.memory = mmap.mmap(-1, nbytes)
+            self.memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.memory.madvise(mmap.MADV_POPULATE_WRITE if hasattr(mmap, "MADV_POPULATE_WRITE") else 23)
 
     def _give(self) -> int:
@@ -174,6 +183,30 @@ class FakeWorker:
             "private_bytes": private_bytes(os.getpid()),
         }
 
+    async def balloon(self, message: control.Message, fd: int | None) -> control.Message:
+        """Of the KV, all but an eighth may go while nobody is inside, a half while somebody is."""
+        await self.fault("balloon")
+        nbytes, kv_bytes = int(message["bytes"]), self.knobs.kv_bytes
+        if nbytes > kv_bytes - kv_bytes // 8 or (message["gently"] and nbytes - self.ballooned > self.spare):
+            raise TransitionError(f"{nbytes} bytes can't be given up")
+        if self.resident:
+            if nbytes < self.ballooned:
+                self.account.take(self.ballooned - nbytes)
+            elif not self.knobs.kept_bytes:
+                self.account.give(nbytes - self.ballooned)
+            self.taken -= nbytes - self.ballooned
+        self.ballooned = nbytes
+        return {"ballooned_bytes": nbytes, "kv_bytes": kv_bytes - nbytes, "total_s": 0.0}
+
+    @property
+    def spare(self) -> int:
+        share = 2 if self.in_flight else 8
+        return max(0, self.knobs.kv_bytes - self.knobs.kv_bytes // share - self.ballooned)
+
+    async def set_threads(self, message: control.Message, fd: int | None) -> control.Message:
+        self.threads = int(message["threads"])
+        return {}
+
     async def attach(self, message: control.Message, fd: int | None) -> control.Message:
         if fd is None:
             raise CheckpointError("no descriptor came with the image", file=self.spec.path)
@@ -199,7 +232,13 @@ class FakeWorker:
         return {"ok": self.resident, "total_s": 0.0}
 
     async def status(self, message: control.Message, fd: int | None) -> control.Message:
-        return {"resident": self.resident, "in_flight": self.in_flight, "from_image": self.image_ready}
+        return {
+            "resident": self.resident,
+            "in_flight": self.in_flight,
+            "from_image": self.image_ready,
+            "environment": dict(os.environ),
+            "drawn": random.random(),
+        }
 
     async def stop(self, message: control.Message, fd: int | None) -> control.Message:
         await self.fault("stop")
@@ -285,6 +324,8 @@ class FakeWorker:
         verbs: dict[str, Callable[[control.Message, int | None], Awaitable[control.Message]]] = {
             "promote": self.promote,
             "demote": self.demote,
+            "balloon": self.balloon,
+            "threads": self.set_threads,
             "image": self.attach,
             "drop_image": self.drop_image,
             "canary": self.canary,
@@ -293,7 +334,7 @@ class FakeWorker:
         }
         serving = asyncio.create_task(control.serve(channel, verbs))
         stopping = asyncio.create_task(self.stopped.wait())
-        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({stopping} if self.knobs.lone else {serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         # The answer to the stop verb is to get out first.
         await asyncio.sleep(0.02)
         serving.cancel()
@@ -312,22 +353,29 @@ def main() -> None:
     parser.add_argument("--control-fd", type=int, required=True)
     parser.add_argument("--spec", required=True)
     arguments = parser.parse_args()
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    prctl.die_with_parent()
     poll = select.poll()
     poll.register(arguments.control_fd, select.POLLHUP)
     if poll.poll(0):
         sys.exit("the manager ended before the signal of its death was set")
+    spec = WorkerSpec.from_json(arguments.spec)
+    work(spec, arguments.control_fd, "started")
+
+
+def work(spec: WorkerSpec, control_fd: int, how: str) -> None:
     knobs = Knobs.from_environment()
+    if knobs.lone:
+        prctl.outlive_parent()
     if knobs.deaf:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if knobs.orphan and os.fork() == 0:
+        if knobs.leaves_group:
+            os.setsid()
         while True:
             signal.pause()
-    spec = WorkerSpec.from_json(arguments.spec)
-    sys.stdout.write(f"fake worker {spec.model}\n")
+    sys.stdout.write(f"fake worker {spec.model}, {how}\n")
     sys.stdout.flush()
-    asyncio.run(FakeWorker(spec, knobs).run(arguments.control_fd))
+    asyncio.run(FakeWorker(spec, knobs).run(control_fd))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import pytest
 
 from mball.device.proc import start_ticks
 from mball.errors import TransitionError, VerbFailed, WorkerDied, WorkerNotStarted
-from mball.memory.process import Hello, WorkerProcess, environment
+from mball.memory.launch import environment
+from mball.memory.process import Hello, WorkerProcess
 from mball.memory.settings import Settings
 from mball.memory.spec import WorkerSpec
 from tests.fake_worker import Knobs, command
@@ -126,7 +127,7 @@ async def test_a_large_log_is_put_aside(runtime_dir: Path) -> None:
     log.write_text("old\n" * 100)
     worker, _ = await start(runtime_dir, settings=dataclasses.replace(QUICK, log_bytes=100))
     await worker.stop(QUICK)
-    assert log.read_text() == "fake worker m\n"
+    assert log.read_text() == "fake worker m, started\n"
     assert (runtime_dir / "m.log.1").read_text() == "old\n" * 100
 
 

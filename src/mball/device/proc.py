@@ -22,15 +22,16 @@ def start_ticks(pid: int) -> int | None:
 
 
 def private_bytes(pid: int) -> int | None:
-    """Private_Dirty + Private_Hugetlb of smaps_rollup; None where the process is gone or a zombie.
+    """Anonymous + Private_Hugetlb of smaps_rollup; None where the process is gone or a zombie.
 
-    Private_Clean is left out: a library's pages turn from private to shared when another process maps them too, and
-    the kernel drops them at need. A worker's figure must not change with its neighbours' lives.
+    Anonymous pages are counted whether they are shared with a relative by fork or not, and pages of files not at all:
+    both turn from shared to private as others come and go, and a worker's figure must not change with its neighbours'
+    lives. A page of the zygote's that a worker writes to was counted before and is after.
     """
     try:
         text = (PROC / str(pid) / "smaps_rollup").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    kinds = ("Private_Dirty:", "Private_Hugetlb:")
+    kinds = ("Anonymous:", "Private_Hugetlb:")
     kib = [int(line.split()[1]) for line in text.splitlines() if line.startswith(kinds)]
     return sum(kib) * 1024 if kib else None

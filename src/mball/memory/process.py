@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
-import subprocess
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +16,11 @@ from typing import Any
 
 from mball.errors import MballError, TransitionError, WorkerDied, WorkerNotStarted
 from mball.memory import control
+from mball.memory.child import Child
+from mball.memory.launch import Birth, Launch, environment, fresh
 from mball.memory.settings import Settings
 from mball.memory.spec import WorkerSpec
 
-_INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 _EXIT_S = 1.0
 _TAIL_LINES = 20
 _TAIL_BYTES = 8192
@@ -47,44 +48,18 @@ class Hello:
         )
 
 
-def environment(spec: WorkerSpec, extra: Mapping[str, str]) -> dict[str, str]:
-    """A worker's whole environment: built from nothing but what it needs."""
-    kind, _, gpu = spec.device.partition(":")
-    threads = str(spec.threads)
-    return {
-        **{name: os.environ[name] for name in _INHERITED if name in os.environ},
-        "CUDA_VISIBLE_DEVICES": gpu if kind == "cuda" else "",
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
-        "OPENBLAS_NUM_THREADS": threads,
-        # Threads that spin for long take the cores from the other workers: a step took a second instead of 0.04.
-        "GOMP_SPINCOUNT": "10000",
-        # Freed memory has to go back to the kernel: a demotion is proven by what the process still holds.
-        "MALLOC_ARENA_MAX": "2",
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
-        "MALLOC_TRIM_THRESHOLD_": str(4 << 20),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-        **extra,
-    }
-
-
 class WorkerProcess:
     """One worker, from its start to its exit. Made by `start`."""
 
-    def __init__(self, popen: subprocess.Popen[bytes], spec: WorkerSpec, caller_socket: Any, log: Path) -> None:
+    def __init__(self, child: Child, spec: WorkerSpec, caller_socket: socket.socket, log: Path) -> None:
         self.spec = spec
-        self.pid = popen.pid
-        self.exited = asyncio.Event()
+        self.pid = child.pid
+        self.exited = child.exited
         self.loaded_bytes = 0
         self.crash_counted = False
-        self._popen = popen
+        self._child = child
         self._log = log
-        self._on_exit: Callable[[], None] | None = None
         self._hello: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
-        self._pidfd = os.pidfd_open(popen.pid)
-        asyncio.get_running_loop().add_reader(self._pidfd, self._has_exited)
         self._caller = control.Caller(control.Channel(caller_socket), self._event)
 
     @classmethod
@@ -96,6 +71,7 @@ class WorkerProcess:
         extra_environment: Mapping[str, str],
         log: Path,
         settings: Settings,
+        launch: Launch = fresh,
     ) -> tuple[WorkerProcess, Hello]:
         """Raises WorkerNotStarted, with the last lines of its log; then its process is gone."""
         opening = asyncio.create_task(asyncio.to_thread(_open_log, log, settings.log_bytes))
@@ -106,23 +82,17 @@ class WorkerProcess:
             raise
         ours, theirs = control.pair()
         try:
-            # Spawned by this very thread: the worker's parent-death signal comes when the spawning thread ends.
-            popen = subprocess.Popen(  # noqa: ASYNC220
-                [*command, "--control-fd", str(theirs.fileno()), "--spec", spec.to_json()],
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                pass_fds=[theirs.fileno()],
-                env=environment(spec, extra_environment),
-                process_group=0,
-            )
+            child = await launch(Birth(command, spec, environment(spec, extra_environment), theirs, log, out))
         except OSError as error:
             ours.close()
             raise WorkerNotStarted(f"{spec.model}: {command[0]}: {error}") from None
+        except asyncio.CancelledError:
+            ours.close()
+            raise
         finally:
             theirs.close()
             os.close(out)
-        worker = cls(popen, spec, ours, log)
+        worker = cls(child, spec, ours, log)
         try:
             return worker, await worker._greeting(settings.start_s)
         except BaseException:
@@ -132,9 +102,7 @@ class WorkerProcess:
 
     def on_exit(self, told: Callable[[], None]) -> None:
         """Calls `told` once the process has ended, at once where it has already."""
-        self._on_exit = told
-        if self.exited.is_set():
-            told()
+        self._child.on_exit(told)
 
     async def call(self, verb: str, *, deadline_s: float, fd: int | None = None, **arguments: Any) -> dict[str, Any]:
         """Raises VerbFailed, WorkerDied, TransitionError past the deadline."""
@@ -149,34 +117,22 @@ class WorkerProcess:
 
     async def stop(self, settings: Settings, *, politely: bool = True) -> None:
         """Stop verb, then TERM, then KILL, to the whole group. Raises TransitionError where even that did not help."""
-        steps: list[tuple[int | None, float]] = [(signal.SIGTERM, settings.term_s), (signal.SIGKILL, settings.kill_s)]
-        if politely:
-            steps.insert(0, (None, settings.verb_s))
-        for number, deadline_s in steps:
-            if self.exited.is_set():
-                break
+        if politely and not self.exited.is_set():
             since = time.monotonic()
-            if number is not None:
-                self._signal(number)
-            else:
-                with contextlib.suppress(MballError):
-                    await self.call("stop", deadline_s=deadline_s)
-            await self.wait(deadline_s - (time.monotonic() - since))
-        if not self.exited.is_set():
+            with contextlib.suppress(MballError):
+                await self.call("stop", deadline_s=settings.verb_s)
+            await self.wait(settings.verb_s - (time.monotonic() - since))
+        if not await self._child.end(settings.term_s, settings.kill_s):
             raise TransitionError(f"{self.spec.model}: worker {self.pid} could not be killed")
         await self._caller.close()
 
     async def wait(self, deadline_s: float) -> bool:
         """Whether it has ended by the deadline."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, deadline_s)):
-                await self.exited.wait()
-        return self.exited.is_set()
+        return await self._child.wait(deadline_s)
 
     def kill(self) -> None:
         """At once, without waiting."""
-        if not self.exited.is_set():
-            self._signal(signal.SIGKILL)
+        self._child.signal(signal.SIGKILL)
 
     async def epitaph(self) -> str:
         """How it ended, with the end of its log, for an error's text."""
@@ -185,7 +141,7 @@ class WorkerProcess:
 
     @property
     def exit_code(self) -> int | None:
-        return self._popen.returncode
+        return self._child.exit_code
 
     async def _greeting(self, deadline_s: float) -> Hello:
         ended = asyncio.ensure_future(self.exited.wait())
@@ -213,20 +169,6 @@ class WorkerProcess:
                 self._hello.set_exception(WorkerNotStarted(text, final=True))
             case "progress":
                 self.loaded_bytes = int(message.get("loaded_bytes", 0))
-
-    def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, number)
-
-    def _has_exited(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        # While the leader is unreaped its group's number can't be another's: now is the time to end what it left.
-        self._signal(signal.SIGKILL)
-        self._popen.wait()
-        self.exited.set()
-        if self._on_exit is not None:
-            self._on_exit()
 
 
 def _open_log(path: Path, limit_bytes: int) -> int:

@@ -24,7 +24,7 @@ from mball.device import memfd
 from mball.device.proc import private_bytes
 from mball.errors import VerbFailed
 from mball.memory import control
-from mball.memory.process import environment
+from mball.memory.launch import environment
 from mball.memory.spec import WorkerSpec
 from mball.units import MiB
 from tests.demo_models import demo_model

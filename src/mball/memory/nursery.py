@@ -1,0 +1,163 @@
+"""Where workers come from: forked from a zygote where there is one, else started afresh. All that live are recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+
+from mball.device import prctl
+from mball.memory import orphans
+from mball.memory.child import Child
+from mball.memory.launch import Birth, base_environment, fresh
+from mball.memory.settings import Settings
+from mball.memory.zygote import NotForked, Zygote
+
+_log = structlog.get_logger(__name__)
+_READS_ONLY = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""For a zygote: whether there is a GPU is found out without beginning CUDA, which no fork survives."""
+
+
+class Nursery:
+    """Makes this process a child subreaper: what a worker leaves behind becomes its child, and is ended.
+
+    `zygotes`: by the command that starts a worker afresh, the command of the zygote that can fork it. `state_dir` holds
+    the records of this user's runs.
+    """
+
+    def __init__(
+        self, zygotes: Mapping[tuple[str, ...], Sequence[str]], settings: Settings, state_dir: Path, log_dir: Path
+    ) -> None:
+        self._commands = zygotes if settings.zygote else {}
+        self._settings = settings
+        self._state_dir = state_dir
+        self._log_dir = log_dir
+        self._zygotes: dict[tuple[str, ...], Zygote] = {}
+        self._children: dict[int, Child] = {}
+        self._births = asyncio.Lock()
+        self._record: orphans.Record | None = None
+        self._keeper: Child | None = None
+        self._told: int | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._warned: set[Zygote] = set()
+
+    async def open(self) -> None:
+        """Ends what crashed runs left, then begins the zygotes' imports. Raises OSError."""
+        prctl.become_subreaper()
+        settings = self._settings
+        ended = await asyncio.to_thread(
+            orphans.reap_crashed, self._state_dir, term_s=settings.term_s, kill_s=settings.kill_s
+        )
+        if ended:
+            _log.warning("ended what a crashed run had left", pids=ended)
+        record = self._record = await asyncio.to_thread(orphans.Record, self._state_dir)
+        self._begin_keeper(record.path)
+        mark = {orphans.MARK: record.run}
+        for number, (command, line) in enumerate(self._commands.items()):
+            self._zygotes[command] = Zygote(
+                line,
+                {**base_environment(1), **_READS_ONLY, **mark},
+                self._log_dir / f"zygote-{number}.log",
+                settings,
+                self._know,
+            )
+
+    async def launch(self, birth: Birth) -> Child:
+        """A worker, this process's child, with its place in the record. Raises OSError."""
+        record = self._record
+        if record is None:
+            raise OSError("the nursery is closed")
+        birth = replace(birth, environment={**birth.environment, orphans.MARK: record.run})
+        # A child that is not yet known would be taken for a stray.
+        async with self._births:
+            child = await self._fork(birth) or await fresh(birth)
+            self._know(child)
+        try:
+            await asyncio.to_thread(record.add, child.pid)
+        except BaseException:
+            child.signal(signal.SIGKILL)
+            raise
+        return child
+
+    async def close(self) -> None:
+        """After the workers have ended. Idempotent."""
+        for zygote in self._zygotes.values():
+            await zygote.close()
+        self._zygotes.clear()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._settings.kill_s)
+        if self._record is not None:
+            await asyncio.to_thread(self._record.close)
+            self._record = None
+        if self._keeper is not None and self._told is not None:
+            # It finds no record any more.
+            os.close(self._told)
+            self._told = None
+            await self._keeper.wait(self._settings.verb_s)
+            await self._keeper.end(0.0, self._settings.kill_s)
+
+    def pids(self) -> Iterable[int]:
+        """Workers and zygotes that live."""
+        return list(self._children)
+
+    async def _fork(self, birth: Birth) -> Child | None:
+        zygote = self._zygotes.get(tuple(birth.command))
+        if zygote is None:
+            return None
+        try:
+            pid = await zygote.fork(birth.spec, birth.environment, birth.channel, birth.log)
+        except NotForked as error:
+            if zygote not in self._warned:
+                self._warned.add(zygote)
+                _log.warning(
+                    "worker started afresh, not forked: it takes seconds longer, and memory of its own for what it "
+                    "imports",
+                    model=birth.spec.model,
+                    reason=str(error),
+                )
+            return None
+        self._warned.discard(zygote)
+        return Child.adopted(pid, sweep_s=self._settings.kill_s)
+
+    def _know(self, child: Child) -> None:
+        self._children[child.pid] = child
+        child.on_exit(lambda: self._ended(child))
+
+    def _ended(self, child: Child) -> None:
+        self._children.pop(child.pid, None)
+        if self._record is not None:
+            task = asyncio.create_task(self._sweep(self._record.run), name="strays")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _sweep(self, run: str) -> None:
+        """Ends what a worker had forked that left its group: it is this process's child now."""
+        async with self._births:
+            strays = await asyncio.to_thread(orphans.strays, run, self.pids())
+            for stray in strays:
+                _log.warning("ended what a worker had left", pid=stray.pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(stray.pid, signal.SIGKILL)
+                self._know(Child.adopted(stray.pid, sweep_s=self._settings.kill_s))
+
+    def _begin_keeper(self, record: Path) -> None:
+        told, self._told = os.pipe()
+        try:
+            popen = subprocess.Popen(
+                [sys.executable, "-m", "mball.memory.keeper", str(record)],
+                stdin=told,
+                stdout=subprocess.DEVNULL,
+                env=base_environment(1),
+                start_new_session=True,
+            )
+        finally:
+            os.close(told)
+        self._keeper = Child(popen.pid, popen.wait, sweep_s=0.0)

@@ -1,0 +1,199 @@
+"""`python -m mball.server.worker.zygote --control-fd N …`: has done a worker's imports, and forks workers on demand.
+
+Its side of `mball.memory.zygote`. It has one thread and no CUDA context at every fork, or it forks nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import os
+import random
+import socket
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mball.device import prctl
+from mball.errors import TransitionError
+from mball.memory.control import MESSAGE_BYTES
+from mball.memory.spec import WorkerSpec
+
+_FAILED = 70
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a forked worker is to do."""
+
+    control_fd: int
+    spec: WorkerSpec
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="mball.server.worker.zygote", description=__doc__)
+    parser.add_argument("--control-fd", type=int, required=True, help="the zygote's end of the control channel")
+    # Room for the command line that a worker shows, which can't grow.
+    parser.add_argument("--room", default="", help=argparse.SUPPRESS)
+    sock = socket.socket(fileno=parser.parse_args().control_fd)
+    prctl.die_with_parent()
+    _import()
+    if not greet(sock):
+        return 1
+    work = attend(sock)
+    return 0 if work is None else _work(work)
+
+
+def _import() -> None:
+    """All that a worker imports; what depends on its model it still has to."""
+    import transformers.generation.utils
+    import transformers.models.llama.modeling_llama
+    import transformers.tokenization_python  # noqa: F401
+
+    import mball.server.worker.process  # noqa: F401
+
+
+def greet(sock: socket.socket) -> bool:
+    """Says that it may fork, or why not; whether it may."""
+    reason = unfit()
+    _say(sock, {"event": "failed", "error": reason} if reason else {"event": "hello", "pid": os.getpid()})
+    # Collections in the workers leave alone what they share with this process: its pages stay shared.
+    gc.collect()
+    gc.freeze()
+    return reason is None
+
+
+def _work(work: Work) -> int:
+    from mball.server.log import configure_logging
+    from mball.server.worker import process
+
+    configure_logging()
+    return asyncio.run(process.run(work.control_fd, work.spec))
+
+
+def unfit() -> str | None:
+    """Why a fork of this process would not be safe; None where it is."""
+    threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
+    if threads != 1:
+        return f"it has {threads} threads after its imports, and a fork would take one of them along"
+    held = [target for fd in Path("/proc/self/fd").iterdir() if (target := _target(fd)).startswith("/dev/nvidia")]
+    if held:
+        return f"its imports began CUDA ({', '.join(held)} is open), and that survives no fork"
+    return None
+
+
+def _target(fd: Path) -> str:
+    try:
+        return str(fd.readlink())
+    except FileNotFoundError:
+        return ""
+
+
+def attend(sock: socket.socket) -> Work | None:
+    """Forks a worker for every message. Returns None when the manager is gone, and a worker's work in each worker."""
+    while True:
+        data, fds, _, _ = socket.recv_fds(sock, MESSAGE_BYTES, 1)
+        if not data:
+            return None
+        message = json.loads(data)
+        try:
+            if reason := unfit():
+                raise TransitionError(reason)
+            work = _fork(sock, message, fds[0])
+        except (OSError, TransitionError) as error:
+            _say(sock, {"id": message["id"], "error": {"type": type(error).__name__, "message": str(error)}})
+            work = None
+        if work is not None:
+            return work
+        for fd in fds:
+            os.close(fd)
+
+
+def _fork(sock: socket.socket, message: dict[str, Any], control_fd: int) -> Work | None:
+    """Forks twice: the middle process ends, so that the manager adopts the worker. None in this process."""
+    told_read, told_write = os.pipe()
+    go_read, go_write = os.pipe()
+    middle = os.fork()
+    if middle == 0:
+        try:
+            if (pid := os.fork()) != 0:
+                os.write(told_write, str(pid).encode())
+                os._exit(0)
+            os.close(go_write)
+            return _begin(message, control_fd, go_read)
+        except BaseException:  # noqa: BLE001 - whatever it is, nothing of this may go on as a second zygote
+            traceback.print_exc()
+            os._exit(_FAILED)
+    os.close(told_write)
+    os.close(go_read)
+    try:
+        os.waitpid(middle, 0)
+        told = os.read(told_read, 32)
+        if not told:
+            raise TransitionError("the second fork failed; its log has the reason")
+        _say(sock, {"id": message["id"], "result": {"pid": int(told)}})
+        # The manager knows of it: only now may it begin. Should this process end before, it ends too.
+        os.write(go_write, b"1")
+    finally:
+        os.close(told_read)
+        os.close(go_write)
+    return None
+
+
+def _begin(message: dict[str, Any], control_fd: int, go_fd: int) -> Work:
+    """In the worker: everything that it is not to share with others."""
+    manager = int(message["manager"])
+    if not os.read(go_fd, 1):
+        os._exit(_FAILED)
+    prctl.die_with_parent()
+    if os.getppid() != manager:
+        os._exit(_FAILED)
+    os.setsid()
+    spec = WorkerSpec.from_json(message["spec"])
+    prctl.set_command_line(
+        ["mball.server.worker", "--control-fd", str(control_fd), "--spec", spec.to_json()], f"mball {spec.model}"
+    )
+    _redirect(message["log"])
+    _close_all_but(control_fd)
+    os.environ.clear()
+    os.environ.update(message["environment"])
+    _reseed()
+    return Work(control_fd, spec)
+
+
+def _redirect(log: str) -> None:
+    for target, path, flags in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)):
+        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        os.dup2(fd, target)
+        os.close(fd)
+    os.dup2(1, 2)
+
+
+def _close_all_but(control_fd: int) -> None:
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        if (fd := int(name)) > 2 and fd != control_fd:
+            try:
+                os.close(fd)
+            except OSError:
+                continue  # the listing's own
+
+
+def _reseed() -> None:
+    """What the imports seeded would be the same in every worker."""
+    random.seed()
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(int.from_bytes(os.urandom(4), "little"))
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.seed()
+
+
+def _say(sock: socket.socket, message: dict[str, Any]) -> None:
+    sock.send(json.dumps(message).encode())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
