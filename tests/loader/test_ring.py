@@ -1,12 +1,12 @@
 import pytest
 
-from mball.loader.ring import RingPool
+from mball.loader.ring import Ring, RingPool
 from mball.units import MiB
 from tests.device.fake_cuda import FakeRuntime
 from tests.loader.files import mapping_of
 
 
-def test_buffers_are_made_when_they_are_taken_and_taken_in_turn() -> None:
+def test_buffers_are_registered_before_their_first_copy_and_taken_in_turn() -> None:
     runtime = FakeRuntime()
     ring = RingPool().take("a", runtime, MiB, 3)
     assert runtime.registered == {}
@@ -15,6 +15,8 @@ def test_buffers_are_made_when_they_are_taken_and_taken_in_turn() -> None:
         buffer = ring.take()
         seen.append(buffer.address)
         assert len(buffer.memory) == MiB
+        assert (buffer.address in runtime.registered) == (len(seen) > 3)
+        ring.pin(buffer)
         ring.give(buffer)
     assert len(set(seen)) == 3
     assert seen[:3] == seen[3:]
@@ -30,8 +32,10 @@ def test_a_buffer_waits_for_its_copy() -> None:
     ring = RingPool().take("a", runtime, MiB, 1)
     stream = runtime.stream()
     stream.enter()
-    target = RingPool().take("b", runtime, MiB, 1).take()
-    buffer = ring.take()
+    targets = RingPool().take("b", runtime, MiB, 1)
+    target, buffer = targets.take(), ring.take()
+    targets.pin(target)
+    ring.pin(buffer)
     buffer.memory[:4] = b"abcd"
     stream.copy(target.address, buffer.address, 4)
     buffer.mark = stream.mark()
@@ -47,7 +51,7 @@ def test_a_pool_keeps_one_ring_of_a_kind_within_its_bound() -> None:
     second = pool.take("a", runtime, MiB, 4)
     assert first is not second
     for ring in (first, second):
-        ring.give(ring.take())
+        _used(ring)
     pool.give("a", first)
     pool.give("a", second)
     assert (pool.idle_bytes, len(runtime.registered)) == (4 * MiB, 1)
@@ -68,6 +72,12 @@ def test_a_pool_keeps_one_ring_of_a_kind_within_its_bound() -> None:
 def test_a_pool_that_keeps_nothing(keep_bytes: int) -> None:
     runtime, pool = FakeRuntime(), RingPool(keep_bytes)
     ring = pool.take("a", runtime, MiB, 2)
-    ring.give(ring.take())
+    _used(ring)
     pool.give("a", ring)
     assert (pool.idle_bytes, runtime.registered) == (0, {})
+
+
+def _used(ring: Ring) -> None:
+    buffer = ring.take()
+    ring.pin(buffer)
+    ring.give(buffer)

@@ -309,7 +309,8 @@ def test_what_is_on_the_disk_is_read_as_a_disk_wants_it(machine: Machine, monkey
 
     assert asked(1.0) == (False, False)
     assert asked(None) == (False, False)
-    assert asked(0.5) == (True, False)
+    assert asked(0.6) == (False, False)
+    assert asked(0.4) == (True, False)
     fd = image.create("test", machine.checkpoint.image_bytes)
     assert asked(0.0, fd) == (True, True)
     os.close(fd)

@@ -15,7 +15,7 @@ from mball.device.memfd import Writer
 from mball.loader.checkpoint import Checkpoint
 from mball.loader.lanes import FileLane, HostLane, Lane, TeeLane
 from mball.loader.manifest import Manifest
-from mball.loader.paths import EVERY_WAY, WARM_SHARE, Way
+from mball.loader.paths import EVERY_WAY, Way
 from mball.loader.plan import Extent, chunked, uncovered
 from mball.loader.reader import read
 from mball.loader.slab import Slab
@@ -105,7 +105,7 @@ def through(
 ) -> Filled:
     """As `fill`, by a GPU's runtime. Closes the source."""
     near = runtime.cpus()
-    cold = source.resident_share_of_all() < WARM_SHARE
+    cold = not source.mostly_resident()
     chosen = profile(options.threads, cpus=usable_cpus(near), cold=cold, tee=image is not None)
     total_bytes = sum(extent.nbytes for extent in extents)
     transfer = Transfer(

@@ -32,7 +32,7 @@ class Buffer:
 class Ring:
     """`count` buffers of `buffer_bytes`, taken in turn by at most `count` threads at once.
 
-    A buffer gets its memory and is registered when it is first taken. Where the driver refuses that, the buffers work
+    A buffer is registered before its first copy (`pin`). Where the driver refuses that, the buffers work
     as pageable memory does: slowly.
     """
 
@@ -54,9 +54,13 @@ class Ring:
         buffer = self._idle.popleft()
         if buffer.mark is not None:
             buffer.mark.wait()
+        return buffer
+
+    def pin(self, buffer: Buffer) -> None:
+        """To be called before copies out of a buffer. At its first time after it was read into: then the disk has
+        work meanwhile."""
         if not buffer.ready:
             self._prepare(buffer)
-        return buffer
 
     def give(self, buffer: Buffer) -> None:
         self._idle.append(buffer)

@@ -22,9 +22,6 @@ from mball.loader.source import Source
 from mball.loader.tuning import Profile
 from mball.units import MiB
 
-_PROBE_BYTES = 64 * MiB
-"""Of a file, asked about together whether they are in the page cache."""
-
 _REGISTERING_THREADS = 4
 
 
@@ -61,7 +58,6 @@ class Transfer:
         self._tight = total_bytes > host.available_bytes()
         self._mappable = tee is None and (source.image_fd is None or self.image is not None)
         self._direct = source.image_fd is None
-        self._resident: dict[tuple[int, int], float | None] = {}
         self._ring_key = f"{type(runtime).__name__} {memory.device}"
         self._ring: Ring | None = None
         self._lock = threading.Lock()
@@ -102,19 +98,13 @@ class Transfer:
         ways = self._ways
         asked = len(ways) > 1 and self.source.image_fd is None
         return choose(
-            resident=self._resident_share(chunk) if asked else None,
+            resident=self.source.resident_share(chunk.shard, chunk.start, chunk.nbytes) if asked else None,
             cores=0 if self.image is not None else self.profile.cores,
             mappable=self._mappable and chunk.plain,
             direct=self._direct and chunk.extents[0].runs is None,
             tight=self._tight,
             allowed=ways,
         )
-
-    def _resident_share(self, chunk: Chunk) -> float | None:
-        region = (chunk.shard, chunk.start // _PROBE_BYTES)
-        if region not in self._resident:
-            self._resident[region] = self.source.resident_share(chunk.shard, region[1] * _PROBE_BYTES, _PROBE_BYTES)
-        return self._resident[region]
 
     def enter(self) -> None:
         """The calling thread copies for this load from now on."""
@@ -203,6 +193,7 @@ class CudaLane:
                     source.read_into(buffer.memory[: part.nbytes], part.shard, part.start)
                 else:
                     source.read_extent(buffer.memory[: part.nbytes], part.extents[0])
+            ring.pin(buffer)
             self._transfer.put(part.extents, buffer.address + head)
             buffer.mark = self._stream.mark(buffer.mark)
             if self._transfer.tee is not None:
@@ -261,6 +252,7 @@ class RingLane:
     def commit(self, extent: Extent) -> None:
         if self._buffer is None:
             raise RuntimeError("commit() without a buffer()")
+        self._transfer.ring().pin(self._buffer)
         self._transfer.put((extent,), self._buffer.address)
         self._buffer.mark = self._transfer.stream.mark(self._buffer.mark)
         self._transfer.ring().give(self._buffer)
