@@ -238,6 +238,8 @@ class FakeWorker:
             "from_image": self.image_ready,
             "environment": dict(os.environ),
             "drawn": random.random(),
+            "threads": self.threads,
+            "spare_bytes": self.spare if self.knobs.balloons else 0,
         }
 
     async def stop(self, message: control.Message, fd: int | None) -> control.Message:

@@ -13,6 +13,7 @@ from typing import Any
 import structlog
 
 from mball.device.device import Device
+from mball.device.lock import DeviceLock, lock_device
 from mball.errors import (
     ConfigError,
     DeviceOutOfMemory,
@@ -31,6 +32,7 @@ from mball.memory.images import Images
 from mball.memory.lease import Lease
 from mball.memory.ledger import Ledger
 from mball.memory.model import Model
+from mball.memory.nursery import Nursery
 from mball.memory.pressure_watch import Gauge, PressureWatch
 from mball.memory.process import WorkerProcess
 from mball.memory.queue import Ticket
@@ -53,7 +55,8 @@ class Manager:
     `device_bytes` is what all workers may hold of the device together, `dram_bytes` what images may. `runtime_dir`
     holds sockets, `log_dir` (by default inside it) a log per model, `state_dir` what is kept across restarts (None:
     nothing is). `command_for` gives the command that starts a model's worker; `--control-fd N --spec JSON` is added to
-    it. `gauge` tells of the host's memory (None: the host's own).
+    it. `zygote_for` gives the command of a zygote that can fork such workers (None: they start afresh). `runs_dir` holds
+    the records of this user's runs (None: the user's own place). `gauge` tells of the host's memory (None: the host's own).
     """
 
     def __init__(
@@ -65,7 +68,9 @@ class Manager:
         dram_bytes: int,
         runtime_dir: Path,
         command_for: Callable[[ModelSpec], list[str]],
+        zygote_for: Callable[[ModelSpec], list[str] | None] = lambda _: None,
         log_dir: Path | None = None,
+        runs_dir: Path | None = None,
         state_dir: Path | None = None,
         settings: Settings | None = None,
         gauge: Gauge | None = None,
@@ -92,6 +97,9 @@ class Manager:
         )
         self._sampler: Sampler | None = None
         self._command_for = command_for
+        zygotes = {tuple(command_for(spec)): line for spec in models if (line := zygote_for(spec)) is not None}
+        self._nursery = Nursery(zygotes, self._settings, runs_dir, self._log_dir)
+        self._lock: DeviceLock | None = None
         self._transitions: Transitions | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = asyncio.Event()
@@ -99,8 +107,13 @@ class Manager:
         self._closed: asyncio.Future[None] | None = None
 
     async def start(self) -> None:
-        """Begins to serve; models marked `preload` are brought in where there is room."""
+        """Begins to serve; models marked `preload` are brought in where there is room.
+
+        Raises DeviceInUse where another daemon has the device, OSError.
+        """
         await asyncio.to_thread(_make_private, self._runtime_dir, self._log_dir)
+        self._lock = await asyncio.to_thread(lock_device, self._device.name, self._runtime_dir)
+        await self._nursery.open()
         await self._figures.recall()
         self._transitions = Transitions(
             self._device,
@@ -112,6 +125,7 @@ class Manager:
             self._log_dir,
             self._command_for,
             self._worker_exited,
+            self._nursery.launch,
         )
         self._scheduler = Scheduler(
             self._models,
@@ -200,7 +214,7 @@ class Manager:
         Raises UnknownModel, InvalidRequest where it can't do without so much, TransitionError.
         """
         model, transitions = self._model(name), self._transitions
-        kv_bytes = model.needs.kv_bytes if model.needs is not None else 0
+        kv_bytes = model.needs.kv_bytes if model.needs is not None else nbytes + 1
         if nbytes < 0 or (nbytes and nbytes >= kv_bytes):
             most = f"its KV pool has {format_bytes(kv_bytes)}, which are not to be given up whole"
             raise InvalidRequest(f"{name}: {format_bytes(nbytes)} for the balloon: {most}", param="bytes")
@@ -290,7 +304,10 @@ class Manager:
             self._hurry.set()
             return
         self._draining.set()
-        _log.info("draining", in_flight=sum(model.queue.in_flight for model in self._models.values()))
+        in_flight = sum(model.queue.in_flight for model in self._models.values())
+        self.events.record("draining", None, "told to shut down", in_flight=in_flight)
+        # Whoever follows would hold the server's end up.
+        self.events.close()
         for model in self._models.values():
             model.queue.refuse(_draining)
             model.wanted = False
@@ -330,8 +347,10 @@ class Manager:
                 if error is not None:
                     _log.error("worker not stopped", error=str(error))
         await self._images.close(models)
+        await self._nursery.close()
         await asyncio.to_thread(_remove_sockets, self._runtime_dir)
-        self.events.close()
+        if self._lock is not None:
+            self._lock.release()
         _log.info("memory manager closed")
 
     def _model(self, name: str) -> Model:

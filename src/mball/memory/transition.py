@@ -7,6 +7,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -25,6 +26,7 @@ from mball.errors import (
 )
 from mball.memory.events import Events
 from mball.memory.images import Images
+from mball.memory.launch import Launch
 from mball.memory.ledger import Ledger
 from mball.memory.model import Model
 from mball.memory.process import WorkerProcess
@@ -52,6 +54,7 @@ class Transitions:
         log_folder: Path,
         command_for: Callable[[ModelSpec], list[str]],
         on_exit: Callable[[Model, WorkerProcess], None],
+        launch: Launch,
     ) -> None:
         self._device = device
         self._ledger = ledger
@@ -62,6 +65,7 @@ class Transitions:
         self._log_folder = log_folder
         self._command_for = command_for
         self._on_exit = on_exit
+        self._launch = launch
 
     async def start(self, model: Model) -> None:
         """Gone → alive. The context's bytes are promised already.
@@ -81,6 +85,7 @@ class Transitions:
                     extra_environment=model.spec.environment,
                     log=self._log_of(model),
                     settings=self._settings,
+                    launch=self._launch,
                 )
             except MballError:
                 model.state = model.state.to(Process.GONE)
@@ -112,8 +117,7 @@ class Transitions:
             reason = _whom_for(model)
             try:
                 if model.ballooned_bytes != model.balloon_bytes:
-                    # What was taken for others has ended with the stay; its operator's wish goes on.
-                    await self._squeeze(model, worker, model.balloon_bytes, epoch)
+                    await self._wish(model, worker, epoch)
                 done = await worker.call("promote", deadline_s=settings.promote_s, epoch=epoch)
                 canary = await worker.call("canary", deadline_s=settings.canary_s)
                 if not canary.get("ok"):
@@ -224,16 +228,23 @@ class Transitions:
 
     async def inquire(self, model: Model) -> None:
         """Asks its engine what it could give up now. Where it doesn't say, it is thought to be nothing."""
-        model.spare_bytes, worker = 0, model.worker
-        if worker is None or not model.on_device:
-            return
+        worker, status = model.worker, dict[str, Any]()
+        if worker is not None and model.on_device:
+            try:
+                status = await worker.call("status", deadline_s=self._settings.verb_s)
+            except TransitionError as error:
+                _log.warning("no status", model=model.name, error=str(error))
+        if not model.lock.locked():
+            model.spare_bytes = int(status.get("spare_bytes", 0)) if model.on_device else 0
+
+    async def _wish(self, model: Model, worker: WorkerProcess, epoch: int) -> None:
+        """What was taken for others has ended with its stay; what its operator wants goes on, as far as it can be."""
         try:
-            status = await worker.call("status", deadline_s=self._settings.verb_s)
-        except TransitionError as error:
-            _log.warning("no status", model=model.name, error=str(error))
-            return
-        if model.on_device and not model.lock.locked():
-            model.spare_bytes = int(status.get("spare_bytes", 0))
+            await self._squeeze(model, worker, model.balloon_bytes, epoch)
+        except VerbFailed as error:
+            model.balloon_bytes = model.ballooned_bytes
+            self._events.record("balloon set", model.name, f"not as was wished: {error}", level="warning")
+        self._ledger.promise(model.name, model.needed_bytes)
 
     async def _squeeze(
         self, model: Model, worker: WorkerProcess, nbytes: int, epoch: int, *, gently: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -31,8 +32,10 @@ def build_manager(config: Config, runtime_dir: Path) -> Manager:
         device_bytes=config.device_memory_bytes,
         dram_bytes=config.dram_bytes,
         runtime_dir=runtime_dir,
+        state_dir=config.state_dir or state_dir(),
         log_dir=config.log_dir or runtime_dir / "logs",
         command_for=_command,
+        zygote_for=_zygote,
         settings=settings(config),
     )
 
@@ -44,7 +47,19 @@ def settings(config: Config) -> Settings:
         max_wait_s=config.max_wait_s,
         swap_time_share=config.swap_time_share,
         start_s=config.start_timeout_s,
+        zygote=config.zygote,
+        host_reserve_bytes=config.host_reserve_bytes,
     )
+
+
+def state_dir() -> Path | None:
+    """Where this user's programs keep what they learn; None for one without a home."""
+    if base := os.environ.get("XDG_STATE_HOME"):
+        return Path(base) / "mball"
+    try:
+        return Path.home() / ".local" / "state" / "mball"
+    except RuntimeError:
+        return None
 
 
 def model_spec(model: ModelConfig, config: Config) -> ModelSpec:
@@ -76,3 +91,7 @@ def task_of(path: Path) -> Task:
 
 def _command(_: ModelSpec) -> list[str]:
     return [sys.executable, "-m", "mball.server.worker"]
+
+
+def _zygote(_: ModelSpec) -> list[str]:
+    return [sys.executable, "-m", "mball.server.worker.zygote"]

@@ -51,6 +51,37 @@ class Client:
         """`verb` is load, unload, pin or unpin; the model's state after it."""
         return self._request("POST", f"/mball/v1/models/{model}/{verb}")
 
+    def balloon(self, model: str, nbytes: int) -> dict[str, Any]:
+        """The model does without so many bytes; its state after it."""
+        return self._request("POST", f"/mball/v1/models/{model}/balloon", json={"bytes": nbytes})
+
+    def events(self, recent: int) -> Iterator[dict[str, Any]]:
+        """What happens, after the last `recent`, until the server ends. Where it dropped this reader it goes on after
+        what was read; what was lost comes as an event of kind `missed`."""
+        last_id: str | None = None
+        while True:
+            kind = ""
+            headers = {} if last_id is None else {"last-event-id": last_id}
+            try:
+                with self._http.stream(
+                    "GET", "/mball/v1/events", params={"recent": recent}, headers=headers
+                ) as response:
+                    if response.is_error:
+                        response.read()
+                        raise ServerRefused(_message(response))
+                    for line in response.iter_lines():
+                        name, _, value = line.partition(": ")
+                        if name == "event":
+                            kind = value
+                        elif name == "id":
+                            last_id = value
+                        elif name == "data" and kind != "dropped":
+                            yield {"kind": kind, **json.loads(value)}
+            except httpx.HTTPError as error:
+                raise self._unreachable(error) from None
+            if kind != "dropped":
+                return
+
     def chat(self, model: str, messages: list[dict[str, str]], **options: Any) -> Iterator[str]:
         """The pieces of a streamed answer's text."""
         body = {"model": model, "messages": messages, "stream": True, **options}
@@ -71,9 +102,9 @@ class Client:
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
 
-    def _request(self, method: str, path: str) -> dict[str, Any]:
+    def _request(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         try:
-            response = self._http.request(method, path)
+            response = self._http.request(method, path, **options)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from None
         if response.is_error:

@@ -74,12 +74,20 @@ class Config(BaseSettings):
         default=2 * GiB, description="What awake models may hold together, weights, KV and working memory."
     )
     dram_bytes: ConfigSize = Field(default=4 * GiB, description="DRAM for images of models that are not on the device.")
-    threads: int = Field(default=2, ge=1, description="Compute threads per worker on the CPU.")
+    host_reserve_bytes: ConfigSize | None = Field(
+        default=None, description="Host memory that images leave to others; by default a twentieth, at most 4 GiB."
+    )
+    threads: int = Field(
+        default=2, ge=1, description="Compute threads per worker on the CPU, where no other computes beside it."
+    )
     max_body_bytes: ConfigSize = Field(default=16 * MiB, description="The largest request body.")
     max_queue: int = Field(default=1024, ge=1, description="Requests that may wait for their models, in all.")
     queue_timeout_s: Seconds = Field(default=600.0, description="How long a request may wait for its model.")
     request_timeout_s: Seconds = Field(default=3600.0, description="How long a request may take in all.")
     start_timeout_s: Seconds = Field(default=300.0, description="How long a worker may take to start.")
+    zygote: bool = Field(
+        default=True, description="Fork workers from a process that has done their imports: seconds less a start."
+    )
     drain_timeout_s: Seconds = Field(default=30.0, description="How long a shutdown waits for requests under way.")
     max_wait_s: Seconds = Field(
         default=5.0, description="A request older than this may end another model's stay on the device."
@@ -88,6 +96,9 @@ class Config(BaseSettings):
         default=0.2, gt=0, le=1, description="A stay is long enough that swapping takes at most this share of time."
     )
     runtime_dir: Path | None = Field(default=None, description="Sockets; a private temporary folder by default.")
+    state_dir: Path | None = Field(
+        default=None, description="What was measured, kept across restarts; XDG_STATE_HOME/mball by default."
+    )
     log_dir: Path | None = Field(default=None, description="One log per model; inside runtime_dir by default.")
 
     file_values: ClassVar[dict[str, Any]] = {}

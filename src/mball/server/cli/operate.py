@@ -1,8 +1,9 @@
-"""ps, load, unload, pin, unpin: looking at a running server and moving its models."""
+"""ps, events, load, unload, pin, unpin, balloon: looking at a running server and moving its models."""
 
 from __future__ import annotations
 
 import json
+import time
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mball.server.client import DEFAULT_URL, Client
-from mball.units import format_bytes
+from mball.units import format_bytes, parse_bytes
 
 Url = Annotated[str, typer.Option("--url", envvar="MBALL_URL", help="The server's address.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -36,7 +37,7 @@ def table(state: dict[str, Any]) -> Table:
         view.add_row(
             model["name"] + (" (pinned)" if model["pinned"] else ""),
             f"[{styles.get(shown, 'dim')}]{shown}[/]",
-            format_bytes(model["device_bytes"]),
+            format_bytes(model["device_bytes"]) + ("*" if model["ballooned_bytes"] else ""),
             str(model["in_flight"]),
             str(model["queued"]),
             str(model["promotions"]),
@@ -56,8 +57,57 @@ def ps(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     console = Console()
     console.print(table(state))
     for model in state["models"]:
+        console.print(f"[dim]{_details(model)}[/]", soft_wrap=True, highlight=False)
+    if state["dram"]["pressure"]["pressed"]:
+        limit = format_bytes(state["dram"]["limit_bytes"])
+        console.print(f"[yellow]host memory is short: images may have {limit}[/]", soft_wrap=True)
+    for model in state["models"]:
         if model["error"]:
             console.print(f"[red]{model['name']}[/]: {model['error']}", soft_wrap=True)
+
+
+def _details(model: dict[str, Any]) -> str:
+    """What it needs and how that is known, what its balloon has, where it computes, and what was last done with it."""
+    parts = []
+    if model["known_from"] != "nothing":
+        parts.append(f"needs {format_bytes(model['needed_bytes'])} ({model['known_from']})")
+    if model["ballooned_bytes"]:
+        parts.append(f"*{format_bytes(model['ballooned_bytes'])} ballooned")
+    if cores := model["cores"]:
+        cpus, threads = ",".join(map(str, cores["cpus"])), cores["threads"]
+        parts.append(f"{threads} thread{'s' if threads > 1 else ''} on cores {cpus}")
+    if last := model["last_event"]:
+        parts.append(_event(last))
+    return f"{model['name']}: {'; '.join(parts)}" if parts else model["name"]
+
+
+def _event(event: dict[str, Any]) -> str:
+    """In words."""
+    kind, reason = event["kind"], event.get("reason")
+    return f"{kind}: {reason}" if reason else str(kind)
+
+
+def events(
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+    recent: Annotated[int, typer.Option("--recent", "-n", min=0, max=1024, help="Begin with so many past ones.")] = 10,
+    follow: Annotated[bool, typer.Option(help="Go on as things happen, until Ctrl-C.")] = True,
+) -> None:
+    """Follow what the server decides and does, and why."""
+    console = Console()
+    with Client(url) as client:
+        found = client.events(recent) if follow else iter(client.state()["events"][-recent:] if recent else [])
+        try:
+            for event in found:
+                if as_json:
+                    typer.echo(json.dumps(event))
+                    continue
+                at = time.strftime("%H:%M:%S", time.localtime(event["at"])) if "at" in event else "--:--:--"
+                text = f"{event['missed']} events are no longer kept" if event["kind"] == "missed" else _event(event)
+                name = f"{event['model']} " if event.get("model") else ""
+                console.print(f"{at} {name}{text}", soft_wrap=True, highlight=False, markup=False)
+        except KeyboardInterrupt:
+            return
 
 
 def _move(verb: str, model: str, url: str, as_json: bool) -> None:
@@ -89,6 +139,26 @@ def unpin(model: Model, url: Url = DEFAULT_URL, as_json: Json = False) -> None:
     _move("unpin", model, url, as_json)
 
 
+def balloon(
+    model: Model,
+    size: Annotated[str, typer.Argument(metavar="BYTES", help="As 512MiB; 0 gives all of it back.")],
+    url: Url = DEFAULT_URL,
+    as_json: Json = False,
+) -> None:
+    """Have a model do without so much of its device memory, while it serves."""
+    try:
+        nbytes = parse_bytes(size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="BYTES") from None
+    with Client(url) as client:
+        state = client.balloon(model, nbytes)
+    if as_json:
+        typer.echo(json.dumps(state, indent=2))
+    else:
+        has = format_bytes(state["ballooned_bytes"] if state["shown_as"] == "device" else state["balloon_bytes"])
+        typer.echo(f"{model}: {state['shown_as']}, {has} ballooned")
+
+
 def add_to(app: typer.Typer) -> None:
-    for command in (ps, load, unload, pin, unpin):
+    for command in (ps, events, load, unload, pin, unpin, balloon):
         app.command()(command)

@@ -1,0 +1,178 @@
+"""The balloon, as the manager works it: by hand, for others, and out again."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import pytest
+
+from mball.device.simulated import SimulatedDevice
+from mball.errors import DeviceOutOfMemory, InvalidRequest
+from mball.units import MiB
+from tests.fake_worker import Knobs
+from tests.memory.conftest import QUICK, Running, Serve, model
+
+SOFT = Knobs(weights_bytes=40 * MiB, kv_bytes=32 * MiB, balloons=True)
+"""On the device 73 MiB, of which 28 can be given up."""
+
+
+def books(running: Running, device: SimulatedDevice) -> None:
+    state = running.manager.snapshot()
+    assert state["books_wrong"] == []
+    assert state["device"]["promised_bytes"] >= state["device"]["measured_bytes"]
+    assert state["device"]["promised_bytes"] <= device.total_bytes
+    assert device.refusals == 0
+
+
+async def test_by_hand_while_it_serves_and_back(serve: Serve, device: SimulatedDevice) -> None:
+    running = await serve(model("a", SOFT))
+    await running.ask("a")
+    await running.manager.balloon("a", 20 * MiB)
+    a = running.state("a")
+    assert (a["balloon_bytes"], a["ballooned_bytes"]) == (20 * MiB, 20 * MiB)
+    assert a["device_bytes"] == a["promised_bytes"] == a["needed_bytes"] == 53 * MiB
+    assert a["open"]
+    assert await running.ask("a") == "a 1 2 3 "
+    assert device.free_bytes() == device.total_bytes - 53 * MiB
+    last = a["last_event"]
+    assert (last["kind"], last["reason"], last["freed_bytes"]) == ("ballooned", "asked for by hand", 20 * MiB)
+    books(running, device)
+    await running.manager.balloon("a", 0)
+    a = running.state("a")
+    assert (a["ballooned_bytes"], a["promised_bytes"]) == (0, 73 * MiB)
+    assert a["last_event"]["kind"] == "deflated"
+    books(running, device)
+
+
+async def test_what_its_operator_took_stays_taken(serve: Serve, device: SimulatedDevice) -> None:
+    running = await serve(model("a", SOFT), model("b", Knobs(kv_bytes=40 * MiB)))
+    await running.ask("a")
+    await running.manager.balloon("a", 16 * MiB)
+    await running.ask("b")
+    assert running.state("a")["shown_as"] != "device"
+    assert running.state("a")["needed_bytes"] == 57 * MiB
+    await running.ask("a")
+    assert running.state("a")["ballooned_bytes"] == 16 * MiB
+    assert running.state("a")["promised_bytes"] == 57 * MiB
+    books(running, device)
+    await running.manager.unload("a")
+    await running.manager.balloon("a", 0)
+    await running.ask("a")
+    assert running.state("a")["promised_bytes"] == 73 * MiB
+    books(running, device)
+
+
+@pytest.mark.parametrize("nbytes", [-1, 32 * MiB, 30 * MiB])
+async def test_more_than_it_can_do_without_is_refused(serve: Serve, device: SimulatedDevice, nbytes: int) -> None:
+    running = await serve(model("a", SOFT))
+    await running.ask("a")
+    with pytest.raises(InvalidRequest, match="a"):
+        await running.manager.balloon("a", nbytes)
+    assert running.state("a")["balloon_bytes"] == 0
+    assert running.state("a")["promised_bytes"] == 73 * MiB
+    books(running, device)
+
+
+async def test_an_engine_is_asked_before_anything_is_demoted_whole(serve: Serve, device: SimulatedDevice) -> None:
+    running = await serve(model("a", SOFT), model("b", Knobs(weights_bytes=50 * MiB, kv_bytes=6 * MiB)))
+    await running.ask("a")
+    assert running.state("a")["spare_bytes"] == 28 * MiB
+    await running.ask("b")
+    a, b = running.state("a"), running.state("b")
+    assert a["shown_as"] == b["shown_as"] == "device"
+    assert a["demotions"] == 0
+    assert a["ballooned_bytes"] >= 73 + 57 - 120
+    told = [event for event in running.manager.snapshot()["events"] if event["kind"] == "ballooned"]
+    assert "for b: " in told[0]["reason"]
+    assert "req/s" in told[0]["reason"]
+    books(running, device)
+    for name in "abab":
+        assert await running.ask(name) == f"{name} 1 2 3 "
+    assert running.manager.snapshot()["promotions"] == 2
+
+
+async def test_it_is_let_out_where_there_is_room_again(serve: Serve, device: SimulatedDevice) -> None:
+    settings = dataclasses.replace(QUICK, deflate_s=0.2)
+    running = await serve(
+        model("a", SOFT), model("b", Knobs(weights_bytes=50 * MiB, kv_bytes=6 * MiB)), settings=settings
+    )
+    await running.ask("a")
+    await running.ask("b")
+    assert running.state("a")["ballooned_bytes"] > 0
+    await running.manager.unload("b")
+    await running.until(lambda: running.state("a")["ballooned_bytes"] == 0)
+    assert running.state("a")["promised_bytes"] == 73 * MiB
+    assert running.state("a")["demotions"] == 0
+    books(running, device)
+
+
+async def test_what_its_operator_gives_back_comes_when_there_is_room(serve: Serve, device: SimulatedDevice) -> None:
+    settings = dataclasses.replace(QUICK, deflate_s=0.1)
+    running = await serve(
+        model("a", SOFT), model("b", Knobs(weights_bytes=50 * MiB, kv_bytes=12 * MiB)), settings=settings
+    )
+    await running.ask("a")
+    await running.manager.balloon("a", 26 * MiB)
+    await running.ask("b")
+    await running.manager.balloon("a", 0)
+    assert running.state("a")["ballooned_bytes"] == 26 * MiB
+    await running.until(lambda: 0 < running.state("a")["ballooned_bytes"] < 26 * MiB)
+    await running.manager.unload("b")
+    await running.until(lambda: running.state("a")["ballooned_bytes"] == 0)
+    books(running, device)
+
+
+async def test_an_engine_that_can_no_longer_give_costs_nobody_his_place(serve: Serve, device: SimulatedDevice) -> None:
+    fails = dataclasses.replace(SOFT, fail_at="balloon")
+    running = await serve(model("a", fails), model("b", Knobs(weights_bytes=50 * MiB, kv_bytes=6 * MiB)))
+    await running.ask("a")
+    assert await running.ask("b") == "b 1 2 3 "
+    assert running.state("a")["demotions"] == 1
+    assert running.state("b")["error"] is None
+    books(running, device)
+
+
+async def test_what_the_device_does_not_show_free_is_not_promised_again(serve: Serve) -> None:
+    liar = dataclasses.replace(SOFT, kept_bytes=1)
+    settings = dataclasses.replace(QUICK, release_s=0.2, slack_bytes=0)
+    running = await serve(model("a", liar), settings=settings)
+    await running.ask("a")
+    real = running.manager._models["a"]
+    transitions = running.manager._transitions
+    assert transitions is not None
+    with pytest.raises(DeviceOutOfMemory):
+        await transitions.balloon(real, 8 * MiB, 10, "a test")
+    assert running.manager._ledger.held("a") == 73 * MiB
+    assert real.spare_bytes == 0
+
+
+async def test_a_worker_that_ends_while_it_is_ballooned_frees_all(serve: Serve, device: SimulatedDevice) -> None:
+    dies = dataclasses.replace(SOFT, crash_at="balloon")
+    running = await serve(model("a", dies))
+    await running.ask("a")
+    with pytest.raises(Exception, match="ended during balloon"):
+        await running.manager.balloon("a", 8 * MiB)
+    await running.until(lambda: running.state("a")["process"] == "gone")
+    assert device.free_bytes() == device.total_bytes
+    books(running, device)
+
+
+async def test_balloons_and_requests_at_once(serve: Serve, device: SimulatedDevice) -> None:
+    running = await serve(model("a", dataclasses.replace(SOFT, token_s=0.001)), model("b", SOFT))
+    done = asyncio.Event()
+
+    async def squeeze() -> int:
+        count = 0
+        while not done.is_set():
+            await running.manager.balloon("a", (count % 3) * 8 * MiB)
+            count += 1
+            await asyncio.sleep(0.002)
+        return count
+
+    squeezing = asyncio.create_task(squeeze())
+    answers = await asyncio.gather(*(running.ask("ab"[number % 2]) for number in range(40)))
+    done.set()
+    assert await squeezing > 10
+    assert answers == [f"{'ab'[number % 2]} 1 2 3 " for number in range(40)]
+    books(running, device)
