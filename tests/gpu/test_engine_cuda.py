@@ -49,7 +49,8 @@ def test_demote_gives_the_memory_back(model_dir: ModelDir, engine_for: EngineFor
     for _ in range(3):
         promoted = engine.promote(None)
         run_all(engine, MIXED)
-        assert torch.cuda.memory_allocated() - before >= promoted.weights_bytes + promoted.kv_bytes
+        # The KV pool is the driver's own where cuda-bindings are, not torch's.
+        assert torch.cuda.memory_allocated() - before >= promoted.weights_bytes
         engine.demote()
         # What stays is cuBLAS's workspace, which belongs to the context.
         assert torch.cuda.memory_allocated() - before < 64 << 20
