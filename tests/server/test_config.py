@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from mball.errors import ConfigError
+from mball.server.catalog import model_spec
 from mball.server.config import json_schema, load_config
 from mball.units import GiB, MiB
 
@@ -77,3 +78,11 @@ def test_examples_are_valid(file: Path) -> None:
 def test_the_schema_refuses_what_the_config_refuses() -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"prot": 1}, json.loads(json_schema()))
+
+
+def test_what_a_model_is_given_reaches_the_manager(tmp_path: Path) -> None:
+    file = tmp_path / "mball.yaml"
+    file.write_text("models: [{path: m, pinned: true, preload: true, priority: 2, keep_alive_s: 30}]")
+    config = load_config(file)
+    spec = model_spec(config.models[0], config)
+    assert (spec.pinned, spec.preload, spec.priority, spec.keep_alive_s) == (True, True, 2, 30.0)

@@ -75,7 +75,13 @@ def model_spec(model: ModelConfig, config: Config) -> ModelSpec:
         threads=config.threads,
         trust_remote_code=model.trust_remote_code,
     )
-    return ModelSpec(worker, pinned=model.pinned, preload=model.preload)
+    return ModelSpec(
+        worker,
+        pinned=model.pinned,
+        preload=model.preload,
+        priority=model.priority,
+        keep_alive_s=model.keep_alive_s,
+    )
 
 
 def task_of(path: Path) -> Task:

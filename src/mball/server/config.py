@@ -43,6 +43,12 @@ class ModelConfig(BaseModel):
     )
     pinned: bool = Field(default=False, description="Once on the device, never demoted.")
     preload: bool = Field(default=False, description="Bring it in at start, before the first request.")
+    priority: int = Field(
+        default=0, description="The higher is served first, and leaves for a lower one only once that is overdue."
+    )
+    keep_alive_s: Seconds | None = Field(
+        default=None, description="Leaves the device after so long without a request; by default only to make room."
+    )
     trust_remote_code: bool = Field(default=False, description="Allow Python code in the model's folder.")
 
     @model_validator(mode="before")
