@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mball.memory.pressure import CALM_S, Reading, Throttle, parse, reserve_bytes
+from mball.device.simulated import SimulatedDevice
+from mball.memory.manager import Manager
+from mball.memory.pressure import Reading, Throttle, parse, reserve_bytes
 from mball.memory.pressure_watch import Gauge
 from mball.units import GiB, MiB
+from tests.fake_worker import Knobs, command
+from tests.memory.conftest import QUICK, Running, model
 
+CALM_S = 10.0
 QUIET = "some avg10=0.00 avg60=0.00 avg300=0.00 total=0\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n"
 STALLED = "some avg10=40.00 avg60=1.00 avg300=0.00 total=9\nfull avg10=12.50 avg60=0.00 avg300=0.00 total=5\n"
 
@@ -27,14 +35,14 @@ def test_psi_is_parsed() -> None:
 
 
 def test_images_may_have_what_the_host_can_spare() -> None:
-    throttle = Throttle(100, 10)
+    throttle = Throttle(100, 10, CALM_S)
     assert throttle.take(Reading(50), 30, 0.0) == 60
     assert throttle.take(Reading(500), 30, 1.0) == 100
     assert not throttle.pressed
 
 
 def test_a_shortage_falls_at_once_and_rises_after_a_calm() -> None:
-    throttle = Throttle(100, 10)
+    throttle = Throttle(100, 10, CALM_S)
     throttle.take(Reading(500), 80, 0.0)
     assert throttle.take(Reading(6), 80, 1.0) == 80 - 14
     assert throttle.pressed
@@ -47,20 +55,20 @@ def test_a_shortage_falls_at_once_and_rises_after_a_calm() -> None:
 
 
 def test_between_the_marks_nothing_goes_and_nothing_comes() -> None:
-    throttle = Throttle(100, 10)
+    throttle = Throttle(100, 10, CALM_S)
     assert throttle.take(Reading(15), 50, 0.0) == 50
     assert not throttle.pressed
 
 
 def test_work_that_stands_still_takes_a_quarter_whatever_is_available() -> None:
-    throttle = Throttle(100, 10)
+    throttle = Throttle(100, 10, CALM_S)
     assert throttle.take(Reading(1000, some=50.0, full=10.0), 80, 0.0) == 60
     assert throttle.take(Reading(1000, some=50.0, full=10.0), 60, 1.0) == 45
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 40), st.floats(0, 20)), min_size=1, max_size=40))
 def test_the_limit_never_flaps(steps: list[tuple[int, int, float]]) -> None:
-    throttle, now_s, held, pressed_s = Throttle(100, 10), 0.0, 0, float("-inf")
+    throttle, now_s, held, pressed_s = Throttle(100, 10, CALM_S), 0.0, 0, float("-inf")
     for available, stall, pause_s in steps:
         now_s += pause_s
         before = throttle.limit_bytes
@@ -108,3 +116,91 @@ def test_a_trigger_is_set_where_it_is_allowed() -> None:
     assert gauge.triggers
     gauge.wait(0.01)
     gauge.close()
+
+
+class Host:
+    """A host whose memory is what the test says."""
+
+    def __init__(self, psi: Path) -> None:
+        self.available_bytes = 10 * GiB
+        self.psi = psi
+        psi.write_text(QUIET)
+
+    def gauge(self) -> Gauge:
+        return Gauge(self.psi, available=lambda: self.available_bytes)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path / "memory.pressure")
+
+
+@pytest.fixture
+async def running(host: Host, device: SimulatedDevice, runtime_dir: Path) -> AsyncIterator[Running]:
+    """Three models, whose images fit, on a host that keeps 100 MiB for others."""
+    slow = Knobs(weights_bytes=32 * MiB, kv_bytes=1 * MiB, promote_s=0.1)
+    manager = Manager(
+        [model(name, slow) for name in "abc"],
+        device,
+        device_bytes=device.total_bytes,
+        dram_bytes=500 * MiB,
+        runtime_dir=runtime_dir,
+        command_for=lambda _: command(),
+        settings=dataclasses.replace(QUICK, pressure_s=0.05, calm_s=0.5, host_reserve_bytes=100 * MiB),
+        gauge=host.gauge(),
+    )
+    await manager.start()
+    found = Running(manager)
+    for name, times in (("a", 3), ("b", 1), ("c", 2)):
+        for _ in range(times):
+            await found.ask(name)
+    await found.until(lambda: all(found.state(name)["image_ready"] for name in "abc"))
+    yield found
+    await manager.close(0.0)
+
+
+def images(running: Running) -> str:
+    return "".join(name for name in "abc" if running.state(name)["image_bytes"])
+
+
+async def test_images_go_least_worth_first_and_return_when_it_eases(running: Running, host: Host) -> None:
+    host.available_bytes = 180 * MiB
+    await asyncio.sleep(0.3)
+    assert images(running) == "abc", "between the marks nothing goes"
+    host.available_bytes = 98 * MiB
+    await running.until(lambda: images(running) != "abc")
+    host.available_bytes = 190 * MiB
+    state = running.manager.snapshot()
+    assert state["dram"]["pressure"]["pressed"]
+    told = [event for event in state["events"] if event["kind"] in ("pressure", "image dropped")]
+    assert [event["kind"] for event in told][:1] == ["pressure"]
+    assert "slower" in told[0]["reason"]
+    assert "98.0 MiB of host memory are available" in told[1]["reason"]
+    assert "req/s" in told[1]["reason"]
+    assert told[1]["model"] == "b", "the one asked for least"
+    assert state["books_wrong"] == []
+    host.available_bytes = 10 * GiB
+    await running.until(lambda: images(running) == "abc")
+    state = running.manager.snapshot()
+    assert state["dram"]["limit_bytes"] == 500 * MiB
+    assert [event["kind"] for event in state["events"]].count("pressure") == 1
+    assert "pressure eased" in [event["kind"] for event in state["events"]]
+    for name in "abc":
+        assert await running.ask(name) == f"{name} 1 2 3 "
+
+
+async def test_work_that_stands_still_takes_images_too(running: Running, host: Host) -> None:
+    host.psi.write_text(STALLED)
+    await running.until(lambda: images(running) == "")
+    for name in "abc":
+        assert await running.ask(name) == f"{name} 1 2 3 "
+    assert images(running) == "", "none is filled while it lasts"
+    host.psi.write_text(QUIET)
+    await running.until(lambda: images(running) == "abc")
+
+
+async def test_a_host_that_says_nothing_is_no_pressure(running: Running, host: Host) -> None:
+    host.psi.unlink()
+    await asyncio.sleep(0.3)
+    assert images(running) == "abc"
+    assert running.manager.snapshot()["dram"]["pressure"]["full_avg10"] is None

@@ -6,7 +6,7 @@ import asyncio
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,9 +67,10 @@ class Follower:
 
 
 class Events:
-    """A ring of the last events. Of one asyncio loop."""
+    """A ring of the last events. Of one asyncio loop. `told` is called after each."""
 
-    def __init__(self, kept: int = _KEPT) -> None:
+    def __init__(self, kept: int = _KEPT, told: Callable[[], None] = lambda: None) -> None:
+        self._told = told
         self.boot = uuid.uuid4().hex[:8]
         self._ring: deque[Event] = deque(maxlen=kept)
         self._last: dict[str, Event] = {}
@@ -89,6 +90,7 @@ class Events:
             follower.tell(event)
             if follower.lost:
                 self._followers.discard(follower)
+        self._told()
         return event
 
     def last(self, model: str) -> Event | None:

@@ -55,8 +55,8 @@ class Manager:
     `device_bytes` is what all workers may hold of the device together, `dram_bytes` what images may. `runtime_dir`
     holds sockets, `log_dir` (by default inside it) a log per model, `state_dir` what is kept across restarts (None:
     nothing is). `command_for` gives the command that starts a model's worker; `--control-fd N --spec JSON` is added to
-    it. `zygote_for` gives the command of a zygote that can fork such workers (None: they start afresh). `runs_dir` holds
-    the records of this user's runs (None: the user's own place). `gauge` tells of the host's memory (None: the host's own).
+    it, `zygote_for` that of a zygote which can fork such workers (None: they start afresh). `runs_dir` holds the
+    records of this user's runs (None: the user's own place). `gauge` tells of the host's memory (None: the host's).
     """
 
     def __init__(
@@ -77,7 +77,8 @@ class Manager:
     ) -> None:
         """Raises ConfigError for two models of one name."""
         self._settings = settings or Settings()
-        self.events = Events()
+        self.events = Events(told=self._look)
+        self._cores: CoresKeeper | None = None
         self._scheduler: Scheduler | None = None
         self._models = {
             spec.name: Model(spec, self._settings, number, self._wake) for number, spec in enumerate(models)
@@ -91,7 +92,8 @@ class Manager:
         self._images = Images(Ledger("dram", dram_bytes), self._settings, self.events, self._wake)
         self._lease = Lease()
         self._figures = FiguresKeeper(self._models, device.name, state_dir, self._settings)
-        self._cores = CoresKeeper(self._models, self._settings) if device.name == "cpu" else None
+        if device.name == "cpu":
+            self._cores = CoresKeeper(self._models, self._settings)
         self._pressure = PressureWatch(
             self._models, self._images, self.events, gauge or Gauge(), self._settings, self._refill
         )
@@ -385,6 +387,10 @@ class Manager:
     def _wake(self) -> None:
         if self._scheduler is not None:
             self._scheduler.wake()
+        self._look()
+
+    def _look(self) -> None:
+        """Who computes may have changed."""
         if self._cores is not None:
             self._cores.look()
 

@@ -8,7 +8,6 @@ FULL_AVG10 = 5.0
 """Per cent of the last ten seconds in which everything stood still for memory: then the kernel is near acting."""
 SOME_AVG10 = 30.0
 """The same of something standing still."""
-CALM_S = 10.0
 _PSI_SHARE = 0.75
 
 
@@ -27,11 +26,12 @@ class Reading:
 
 class Throttle:
     """The images' limit, with hysteresis: it falls at once when less than `reserve_bytes` are available or work stands
-    still, so far that twice as much becomes available; it rises again after ten calm seconds with that much there."""
+    still, so far that twice as much becomes available; it rises again after `calm_s` with that much there."""
 
-    def __init__(self, total_bytes: int, reserve_bytes: int) -> None:
+    def __init__(self, total_bytes: int, reserve_bytes: int, calm_s: float) -> None:
         self.total_bytes = total_bytes
         self.reserve_bytes = reserve_bytes
+        self.calm_s = calm_s
         self.limit_bytes = total_bytes
         self.pressed = False
         self._calm_since_s: float | None = None
@@ -53,7 +53,7 @@ class Throttle:
         else:
             since = self._calm_since_s = now_s if self._calm_since_s is None else self._calm_since_s
             there_bytes = min(self.total_bytes, held_bytes + spare_bytes)
-            if not self.pressed or now_s - since >= CALM_S:
+            if not self.pressed or now_s - since >= self.calm_s:
                 self.pressed = False
                 self.limit_bytes = there_bytes
         return self.limit_bytes

@@ -113,7 +113,7 @@ class PressureWatch:
         self._refill = refill
         reserve = settings.host_reserve_bytes
         least = reserve_bytes(host.memory_bytes()) if reserve is None else reserve
-        self._throttle = Throttle(images.ledger.total_bytes, least)
+        self._throttle = Throttle(images.ledger.total_bytes, least, settings.calm_s)
         self._reading: Reading | None = None
 
     async def run(self) -> None:

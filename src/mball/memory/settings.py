@@ -18,8 +18,9 @@ class Settings:
     it has been measured. A load from the source that would take longer than `hold_s` goes through an image first, as
     others can switch meanwhile. Rates of arrival are those of the last `rate_window_s` or so.
     Images leave `host_reserve_bytes` of host memory to others (None: by the host's size), looked at every `pressure_s`
-    at least. What a balloon took for others comes back once there was room for it for `deflate_s`. A model counts as
-    computing for `active_s` after its last request. Figures are kept every `save_s` where there is a folder for them.
+    at least, and come back once it was enough for `calm_s`. What a balloon took for others comes back once there was
+    room for it for `deflate_s`. A model counts as computing for `active_s` after its last request. Figures are kept
+    every `save_s` where there is a folder for them.
     """
 
     max_queue: int = 1024
@@ -58,8 +59,9 @@ class Settings:
     log_bytes: int = 8 * MiB
     host_reserve_bytes: int | None = None
     pressure_s: float = 2.0
+    calm_s: float = 10.0
     deflate_s: float = 10.0
-    active_s: float = 1.0
+    active_s: float = 0.5
     save_s: float = 60.0
 
     def stay_s(self, swap_s: float) -> float:
