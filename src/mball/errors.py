@@ -15,6 +15,7 @@ MballError
 │       ├── UnknownField  ├── BadMetadata  ├── BadDtype  ├── BadShape  ├── BadOffsets
 │       └── SizeMismatch  └── FileTruncated
 ├── DeviceError                     a device or its memory
+│   ├── DeviceInUse                 another daemon has the device
 │   ├── RegistrationFailed          host memory can't be registered with a GPU's driver
 │   └── DeviceOutOfMemory           more bytes wanted than the device has free
 ├── TransitionError                 a move between residencies failed
@@ -161,6 +162,10 @@ class FileTruncated(HeaderError):
 
 class DeviceError(MballError):
     """A device, or memory on it, failed."""
+
+
+class DeviceInUse(DeviceError):
+    """Another daemon manages the device, and says who it is."""
 
 
 class RegistrationFailed(DeviceError):

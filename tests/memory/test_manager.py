@@ -221,7 +221,7 @@ async def test_a_worker_has_its_own_group_a_small_environment_and_a_private_fold
         lambda: (runtime_dir.stat().st_mode, (runtime_dir / "logs" / "a.log").read_text())
     )
     assert mode & 0o777 == 0o700
-    assert log == "fake worker a\n"
+    assert log == "fake worker a, started\n"
 
 
 async def test_a_stopped_worker_makes_room_where_sleeping_ones_fill_the_device(serve: Serve, tmp_path: Path) -> None:

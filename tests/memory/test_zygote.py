@@ -175,9 +175,7 @@ async def test_what_is_read_when_a_program_is_loaded_needs_a_fresh_start(nursery
         await worker.stop(QUICK)
 
 
-async def test_a_hung_zygote_is_replaced(
-    nursery: Opened, runtime_dir: Path
-) -> None:
+async def test_a_hung_zygote_is_replaced(nursery: Opened, runtime_dir: Path) -> None:
     settings = dataclasses.replace(QUICK, fork_s=0.3)
     async with nursery(settings=settings) as made:
         worker = await start(made, runtime_dir)

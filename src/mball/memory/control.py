@@ -129,11 +129,24 @@ def _decode(data: bytes) -> Message | None:
 
 
 class Caller:
-    """The manager's side: calls verbs, and hands events to `on_event`."""
+    """The manager's side: calls verbs, and hands events to `on_event`.
 
-    def __init__(self, channel: Channel, on_event: Callable[[Message], None]) -> None:
+    `on_late` is told what a verb of a lease was called with, when its answer comes after the caller has given up;
+    `on_closed` that no more will come.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        on_event: Callable[[Message], None],
+        on_late: Callable[[Message], None] = lambda _: None,
+        on_closed: Callable[[], None] = lambda: None,
+    ) -> None:
         self._channel = channel
         self._on_event = on_event
+        self._on_late = on_late
+        self._on_closed = on_closed
+        self._given_up: dict[int, Message] = {}
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Message]] = {}
         self._closed = False
@@ -154,6 +167,10 @@ class Caller:
             async with asyncio.timeout(deadline_s):
                 await self._channel.send({"id": number, "verb": verb, **arguments}, fd)
                 message = await answer
+        except (TimeoutError, asyncio.CancelledError):
+            if "epoch" in arguments:
+                self._given_up[number] = {"verb": verb, **arguments}
+            raise
         finally:
             self._waiting.pop(number, None)
         if "error" in message:
@@ -174,8 +191,11 @@ class Caller:
                     waiting.set_result(message)
                 elif "event" in message:
                     self._on_event(message)
+                elif isinstance(number, int) and (late := self._given_up.pop(number, None)) is not None:
+                    self._on_late(late)
         except ChannelClosed as closed:
             self._fail(closed)
+            self._on_closed()
         finally:
             self._fail(ChannelClosed("control channel: closed"))
 

@@ -29,16 +29,16 @@ _READS_ONLY = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 class Nursery:
     """Makes this process a child subreaper: what a worker leaves behind becomes its child, and is ended.
 
-    `zygotes`: by the command that starts a worker afresh, the command of the zygote that can fork it. `state_dir` holds
-    the records of this user's runs.
+    `zygotes`: by the command that starts a worker afresh, the command of the zygote that can fork it. `runs_dir` holds
+    the records of this user's runs (None: where they belong).
     """
 
     def __init__(
-        self, zygotes: Mapping[tuple[str, ...], Sequence[str]], settings: Settings, state_dir: Path, log_dir: Path
+        self, zygotes: Mapping[tuple[str, ...], Sequence[str]], settings: Settings, runs_dir: Path | None, log_dir: Path
     ) -> None:
         self._commands = zygotes if settings.zygote else {}
         self._settings = settings
-        self._state_dir = state_dir
+        self._runs_dir = runs_dir
         self._log_dir = log_dir
         self._zygotes: dict[tuple[str, ...], Zygote] = {}
         self._children: dict[int, Child] = {}
@@ -50,15 +50,15 @@ class Nursery:
         self._warned: set[Zygote] = set()
 
     async def open(self) -> None:
-        """Ends what crashed runs left, then begins the zygotes' imports. Raises OSError."""
+        """Ends what crashed runs left, then begins the zygotes' imports. Raises OSError, ConfigError."""
         prctl.become_subreaper()
         settings = self._settings
-        ended = await asyncio.to_thread(
-            orphans.reap_crashed, self._state_dir, term_s=settings.term_s, kill_s=settings.kill_s
-        )
+        folder = self._runs_dir if self._runs_dir is not None else await asyncio.to_thread(orphans.runs_dir)
+        ended = await asyncio.to_thread(orphans.reap_crashed, folder, term_s=settings.term_s, kill_s=settings.kill_s)
         if ended:
             _log.warning("ended what a crashed run had left", pids=ended)
-        record = self._record = await asyncio.to_thread(orphans.Record, self._state_dir)
+        record = await asyncio.to_thread(orphans.Record, folder)
+        self._record = record
         self._begin_keeper(record.path)
         mark = {orphans.MARK: record.run}
         for number, (command, line) in enumerate(self._commands.items()):

@@ -42,7 +42,7 @@ class Born:
         return start_ticks(self.pid) == self.start_ticks
 
 
-def state_dir() -> Path:
+def runs_dir() -> Path:
     """The user's own folder of records, private. Raises ConfigError where another user holds its place."""
     base = os.environ.get("XDG_RUNTIME_DIR")
     folder = Path(base) / "mball" if base and Path(base).is_dir() else Path(f"/tmp/mball-{os.getuid()}")
@@ -62,10 +62,13 @@ class Record:
         self.run = uuid.uuid4().hex
         self.path = folder / f"{self.run}.run"
         self._born: list[Born] = []
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        made = self.path.with_suffix(".new")
+        self._fd = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._fd, fcntl.LOCK_EX)
         self._head = _line(run=self.run, boot_id=boot_id(), pid=os.getpid(), command=" ".join(sys.argv))
         os.write(self._fd, self._head)
+        # Only now may others see it: nobody is to find it unlocked.
+        made.rename(self.path)
 
     def add(self, pid: int) -> None:
         ticks = start_ticks(pid)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from mball.errors import MballError, TransitionError, WorkerDied, WorkerNotStarted
 from mball.memory import control
 from mball.memory.child import Child
@@ -21,6 +23,7 @@ from mball.memory.launch import Birth, Launch, environment, fresh
 from mball.memory.settings import Settings
 from mball.memory.spec import WorkerSpec
 
+_log = structlog.get_logger(__name__)
 _EXIT_S = 1.0
 _TAIL_LINES = 20
 _TAIL_BYTES = 8192
@@ -60,7 +63,9 @@ class WorkerProcess:
         self._child = child
         self._log = log
         self._hello: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
-        self._caller = control.Caller(control.Channel(caller_socket), self._event)
+        self._on_lost: list[Callable[[], None]] = []
+        self._stopping = False
+        self._caller = control.Caller(control.Channel(caller_socket), self._event, self._late, self._silent)
 
     @classmethod
     async def start(
@@ -104,6 +109,10 @@ class WorkerProcess:
         """Calls `told` once the process has ended, at once where it has already."""
         self._child.on_exit(told)
 
+    def on_lost(self, told: Callable[[], None]) -> None:
+        """Calls `told` once nothing can be asked of it any more, which may be a moment before it has ended."""
+        self._on_lost.append(told)
+
     async def call(self, verb: str, *, deadline_s: float, fd: int | None = None, **arguments: Any) -> dict[str, Any]:
         """Raises VerbFailed, WorkerDied, TransitionError past the deadline."""
         try:
@@ -117,6 +126,7 @@ class WorkerProcess:
 
     async def stop(self, settings: Settings, *, politely: bool = True) -> None:
         """Stop verb, then TERM, then KILL, to the whole group. Raises TransitionError where even that did not help."""
+        self._stopping = True
         if politely and not self.exited.is_set():
             since = time.monotonic()
             with contextlib.suppress(MballError):
@@ -169,6 +179,19 @@ class WorkerProcess:
                 self._hello.set_exception(WorkerNotStarted(text, final=True))
             case "progress":
                 self.loaded_bytes = int(message.get("loaded_bytes", 0))
+
+    def _late(self, asked: Mapping[str, Any]) -> None:
+        """It has done under an old epoch what nobody waits for any more: what it holds is not what is promised."""
+        if not self._stopping:
+            _log.warning("worker killed: it answered late", model=self.spec.model, pid=self.pid, **asked)
+            self.kill()
+
+    def _silent(self) -> None:
+        """The kernel closes the channel before the connections of those inside: who comes now is not to go there."""
+        for told in self._on_lost:
+            told()
+        if not self._stopping:
+            self.kill()
 
 
 def _open_log(path: Path, limit_bytes: int) -> int:

@@ -93,6 +93,7 @@ class Transitions:
                 raise
             model.worker = worker
             model.state = model.state.to(Process.ALIVE)
+            worker.on_lost(model.queue.lose)
             worker.on_exit(lambda: self._on_exit(model, worker))
             try:
                 await self._settle(model)
