@@ -12,6 +12,7 @@ import pytest
 
 from mball import __version__
 from mball.server.run import Running, running_server
+from mball.units import MiB
 from tests.e2e.conftest import CHAT_MODELS
 
 MODEL = CHAT_MODELS[0]
@@ -43,6 +44,38 @@ def test_a_model_is_moved_by_hand(server: Running) -> None:
     assert MODEL in mball("ps", "--url", server.url)
     state = json.loads(mball("ps", "--url", server.url, "--json"))
     assert state["models"][0]["promotions"] == 1
+
+
+def test_a_model_does_without_memory_while_it_serves(server: Running) -> None:
+    mball("load", MODEL, "--url", server.url)
+    assert "device, 64." in mball("balloon", MODEL, "64MiB", "--url", server.url)
+    state = json.loads(mball("ps", "--url", server.url, "--json"))["models"][0]
+    assert 64 * MiB <= state["ballooned_bytes"] < 65 * MiB
+    shown = mball("ps", "--url", server.url)
+    assert "*64." in shown
+    assert "(measured)" in shown
+    assert "asked for by hand" in shown
+    assert json.loads(mball("chat", MODEL, "-m", "Hi", "--max-tokens", "4", "--url", server.url, "--json"))["content"]
+    told = mball("events", "--no-follow", "--url", server.url)
+    assert "ballooned: asked for by hand" in told
+    assert f"{MODEL} promoted" in told
+    assert mball("balloon", MODEL, "0", "--url", server.url).endswith("0 B ballooned\n")
+    assert "1.0 TiB" in mball("balloon", MODEL, "1TiB", "--url", server.url, code=1)
+    assert "not a size" in mball("balloon", MODEL, "much", "--url", server.url, code=2)
+
+
+def test_events_are_followed_as_they_happen(server: Running) -> None:
+    mball("load", MODEL, "--url", server.url)
+    command = [sys.executable, "-m", "mball", "events", "-n", "1", "--json", "--url", server.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as following:
+        assert following.stdout is not None
+        try:
+            json.loads(following.stdout.readline())
+            mball("unload", MODEL, "--url", server.url)
+            event = json.loads(following.stdout.readline())
+            assert (event["kind"], event["reason"]) == ("demoted", "unloaded on request")
+        finally:
+            following.terminate()
 
 
 def test_chat_once(server: Running) -> None:
