@@ -37,6 +37,12 @@ def test_greedy_alone_would_pay_too_much() -> None:
     assert names(Snapshot(0, (a, b, c)), Demand("new", 100)) == [("demote", "b"), ("demote", "c")]
 
 
+def test_whoever_is_waited_for_is_the_last_to_be_stopped() -> None:
+    wanted = Candidate("wanted", 0, 2, rate=0.001, queued=1, start_s=5.0)
+    often = Candidate("often", 0, 2, rate=0.9, start_s=5.0)
+    assert names(Snapshot(0, (wanted, often)), Demand("new", 2)) == [("stop", "often")]
+
+
 def test_the_reason_names_its_numbers() -> None:
     gib = 1 << 30
     b = Candidate("B", 15 * gib, rate=0.02, promote_s=0.4)

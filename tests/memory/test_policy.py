@@ -107,6 +107,13 @@ def test_a_demand_whose_time_or_priority_falls_does_not_open_a_door_again() -> N
     assert on(0, draining).gates == set()
 
 
+def test_what_leaves_for_one_is_not_counted_on_for_the_next() -> None:
+    decision = on(0, awake("a"), awake("busy", 1, in_flight=1), asleep("old", 2, wait_s=3.0), gone("next", 3))
+    assert decision.bring is not None
+    assert [move.model for move in decision.bring.moves] == ["a"]
+    assert decision.gates == {"busy"}
+
+
 def test_no_more_starts_at_once_than_allowed() -> None:
     waiting = [gone(f"m{i}", i) for i in range(4)]
     assert [start.model for start in on(100, *waiting).starts] == ["m0", "m1"]

@@ -98,7 +98,7 @@ class Evicting:
     def images_for(self, world: World, model: SimModel, now: float) -> Sequence[SimModel] | None:
         kept = sorted(
             (m for m in world.models if m.image == "ready" and not m.moving and m is not model),
-            key=lambda m: self._key(m, now),
+            key=lambda m: (m.number in self._pinned, bool(m.waiting), self._key(m, now)),
         )
         return _until(kept, model.kind.weights_bytes - world.dram_free_bytes, lambda m: m.kind.weights_bytes)
 
