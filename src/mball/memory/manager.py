@@ -34,7 +34,7 @@ from mball.memory.ledger import Ledger
 from mball.memory.model import Model
 from mball.memory.nursery import Nursery
 from mball.memory.pressure_watch import Gauge, PressureWatch
-from mball.memory.process import WorkerProcess
+from mball.memory.process import WorkerProcess, log_path, log_tail
 from mball.memory.queue import Ticket
 from mball.memory.sampler import Sampler
 from mball.memory.scheduler import Scheduler
@@ -299,6 +299,14 @@ class Manager:
             "crashes": sum(model.counters.crashes for model in models),
             "draining": self._draining.is_set(),
         }
+
+    def workers(self) -> dict[int, tuple[str, str]]:
+        """pid → (model, what it is doing) of every worker that lives: start, a verb, drain, serve, awake or asleep."""
+        return {pid: (name, self._models[name].doing(pid)) for pid, name in self._nursery.workers.items()}
+
+    def log_tail(self, name: str) -> str:
+        """The last lines of the log of the model's workers. Reads a file: call it off the loop. Raises UnknownModel."""
+        return log_tail(log_path(self._log_dir, self._model(name).name))
 
     def begin_drain(self) -> None:
         """From now on requests get Draining, those that wait too; those in flight go on. A second call ends those."""

@@ -155,6 +155,19 @@ class Model:
             whole = measured_bytes + self.ballooned_bytes
             self.figures.held.add(whole, time.monotonic(), used=self.queue.in_flight > 0)
 
+    def doing(self, pid: int) -> str:
+        """What its worker of that pid is at: start, a verb, drain, serve, awake or asleep."""
+        worker = self.worker
+        if worker is None or worker.pid != pid:
+            return "start" if self.state.process is Process.STARTING else "stop"
+        if self.state.process is Process.STOPPING:
+            return "stop"
+        if worker.doing is not None:
+            return worker.doing
+        if self.queue.in_flight:
+            return "serve" if self.queue.is_open else "drain"
+        return "awake" if self.on_device else "asleep"
+
     def candidate(self, held_bytes: int) -> Candidate:
         """It as the planner sees it; `held_bytes` are promised to it."""
         now = time.monotonic()

@@ -30,7 +30,7 @@ class Nursery:
     """Makes this process a child subreaper: what a worker leaves behind becomes its child, and is ended.
 
     `zygotes`: by the command that starts a worker afresh, the command of the zygote that can fork it. `runs_dir` holds
-    the records of this user's runs (None: where they belong).
+    the records of this user's runs (None: where they belong). `workers`: the models of those that live, by pid.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Nursery:
         self._log_dir = log_dir
         self._zygotes: dict[tuple[str, ...], Zygote] = {}
         self._children: dict[int, Child] = {}
+        self.workers: dict[int, str] = {}
         self._births = asyncio.Lock()
         self._record: orphans.Record | None = None
         self._keeper: Child | None = None
@@ -80,6 +81,7 @@ class Nursery:
         async with self._births:
             child = await self._fork(birth) or await fresh(birth)
             self._know(child)
+            self.workers[child.pid] = birth.spec.model
         try:
             await asyncio.to_thread(record.add, child.pid)
         except BaseException:
@@ -133,6 +135,7 @@ class Nursery:
 
     def _ended(self, child: Child) -> None:
         self._children.pop(child.pid, None)
+        self.workers.pop(child.pid, None)
         if self._record is not None:
             task = asyncio.create_task(self._sweep(self._record.run), name="strays")
             self._tasks.add(task)

@@ -25,6 +25,7 @@ from mball.memory.spec import WorkerSpec
 
 _log = structlog.get_logger(__name__)
 _EXIT_S = 1.0
+_UNANSWERED = 3
 _TAIL_LINES = 20
 _TAIL_BYTES = 8192
 
@@ -52,7 +53,7 @@ class Hello:
 
 
 class WorkerProcess:
-    """One worker, from its start to its exit. Made by `start`."""
+    """One worker, from its start to its exit. Made by `start`. `doing`: `start`, or the verb that it is at."""
 
     def __init__(self, child: Child, spec: WorkerSpec, caller_socket: socket.socket, log: Path) -> None:
         self.spec = spec
@@ -65,6 +66,8 @@ class WorkerProcess:
         self._hello: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
         self._on_lost: list[Callable[[], None]] = []
         self._stopping = False
+        self._unanswered = 0
+        self.doing: str | None = "start"
         self._caller = control.Caller(control.Channel(caller_socket), self._event, self._late, self._silent)
 
     @classmethod
@@ -99,7 +102,9 @@ class WorkerProcess:
             os.close(out)
         worker = cls(child, spec, ours, log)
         try:
-            return worker, await worker._greeting(settings.start_s)
+            hello = await worker._greeting(settings.start_s)
+            worker.doing = None
+            return worker, hello
         except BaseException:
             # A cancelled start, too, leaves no process.
             await asyncio.shield(worker.stop(settings, politely=False))
@@ -114,15 +119,27 @@ class WorkerProcess:
         self._on_lost.append(told)
 
     async def call(self, verb: str, *, deadline_s: float, fd: int | None = None, **arguments: Any) -> dict[str, Any]:
-        """Raises VerbFailed, WorkerDied, TransitionError past the deadline."""
+        """Raises VerbFailed, WorkerDied, TransitionError past the deadline.
+
+        One that leaves its status unanswered again and again hangs, and is killed: those inside would wait for ever.
+        """
+        before, self.doing = self.doing, verb if verb != "status" else self.doing
         try:
-            return await self._caller.call(verb, deadline_s=deadline_s, fd=fd, **arguments)
+            answer = await self._caller.call(verb, deadline_s=deadline_s, fd=fd, **arguments)
+            self._unanswered = 0
+            return answer
         except TimeoutError:
+            self._unanswered += verb == "status" and self.doing is None
+            if self._unanswered >= _UNANSWERED:
+                _log.warning("worker killed: it hangs", model=self.spec.model, pid=self.pid)
+                self.kill()
             raise TransitionError(f"{self.spec.model}: no answer to {verb} within {deadline_s:.1f} s") from None
         except control.ChannelClosed:
             # Its exit is about to be seen: whoever watches for it learns of it before the caller does.
             await self.wait(_EXIT_S)
             raise WorkerDied(f"{self.spec.model}: the worker (pid {self.pid}) ended during {verb}") from None
+        finally:
+            self.doing = before
 
     async def stop(self, settings: Settings, *, politely: bool = True) -> None:
         """Stop verb, then TERM, then KILL, to the whole group. Raises TransitionError where even that did not help."""
@@ -146,7 +163,7 @@ class WorkerProcess:
 
     async def epitaph(self) -> str:
         """How it ended, with the end of its log, for an error's text."""
-        lines = await asyncio.to_thread(_tail, self._log)
+        lines = await asyncio.to_thread(log_tail, self._log)
         return f"its worker (pid {self.pid}) ended with code {self.exit_code}; the end of {self._log}:\n{lines}"
 
     @property
@@ -202,7 +219,13 @@ def _open_log(path: Path, limit_bytes: int) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
 
-def _tail(path: Path) -> str:
+def log_path(folder: Path, model: str) -> Path:
+    plain = "".join(c if c.isalnum() or c in "-._" else "_" for c in model)
+    return folder / f"{plain}.log"
+
+
+def log_tail(path: Path) -> str:
+    """Its last lines. Blocks for a moment."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))

@@ -29,7 +29,7 @@ from mball.memory.images import Images
 from mball.memory.launch import Launch
 from mball.memory.ledger import Ledger
 from mball.memory.model import Model
-from mball.memory.process import WorkerProcess
+from mball.memory.process import WorkerProcess, log_path
 from mball.memory.settings import Settings
 from mball.memory.spec import ModelSpec, WorkerSpec
 from mball.memory.states import Process, Weights
@@ -353,8 +353,7 @@ class Transitions:
         return dataclasses.replace(model.spec.worker, socket_path=str(path), device=self._device.name)
 
     def _log_of(self, model: Model) -> Path:
-        plain = "".join(c if c.isalnum() or c in "-._" else "_" for c in model.name)
-        return self._log_folder / f"{plain}.log"
+        return log_path(self._log_folder, model.name)
 
 
 def does_not_fit(model: Model, total_bytes: int) -> str:

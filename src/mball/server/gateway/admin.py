@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
+from fastapi.responses import PlainTextResponse
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from mball.errors import InvalidRequest
@@ -42,6 +44,11 @@ def router(manager: Manager) -> APIRouter:
         follower = manager.events.follow(request.headers.get("last-event-id"), recent)
         stream = _stream(manager.events, follower)
         return EventSourceResponse(stream, ping=_HEARTBEAT_S, send_timeout=_SEND_TIMEOUT_S)
+
+    @routes.get("/models/{name:path}/log", response_class=PlainTextResponse)
+    async def log(name: str) -> str:
+        """The last lines that its workers wrote."""
+        return await asyncio.to_thread(manager.log_tail, name)
 
     @routes.get("/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
