@@ -205,3 +205,8 @@ def test_mball_is_ahead_of_every_rival_on_seeds_and_a_trace_that_nobody_was_tune
         assert ours is not None
         assert max(run["switching_share"] for run in ours.rounds) <= Settings().swap_time_share
         assert all(run["longest_s"] <= run["longest_bound_s"] for run in ours.rounds)
+
+
+def test_mball_runs_with_the_settings_that_are_served() -> None:
+    tuned = next(contender.tuned for contender in CONTENDERS if contender.name == "MBALL")
+    assert {name: getattr(Settings(), name) for name in tuned} == tuned

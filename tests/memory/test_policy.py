@@ -8,8 +8,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mball.memory.look import Decision, Look, Standing
 from mball.memory.planner import Candidate
-from mball.memory.policy import Decision, Look, Standing, decide, image_drops, turn
+from mball.memory.policy import decide, image_drops, turn
 from mball.memory.settings import Settings
 from mball.memory.states import Process
 

@@ -166,6 +166,8 @@ async def _alone(plan: Plan, folder: Path) -> dict[tuple[str, str], str]:
     """What each model says to each prompt while nothing else happens, one sequence at a time."""
     expected = {}
     for model in plan.models:
+        if model.name == plan.liar:
+            continue
         quiet = replace(model, worker=replace(model.worker, max_num_seqs=1))
         async with _serving(plan, [quiet], folder / "alone") as (_, _, session):
             for prompt in PROMPTS:

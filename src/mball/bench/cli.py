@@ -112,6 +112,37 @@ def simulate(
     run_simulation(simulation, json_path=json, plot_path=plot, markdown_path=markdown, console=Console())
 
 
+@app.command()
+def chaos(
+    models: Annotated[
+        list[Path] | None, typer.Argument(help="Models' folders, in float32. Default: three small random ones.")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests, at least.")] = 5000,
+    swaps: Annotated[int, typer.Option(min=1, help="Swaps, at least.")] = 500,
+    clients: Annotated[int, typer.Option(min=1, help="Clients at once.")] = 8,
+    kill: Annotated[float, typer.Option(min=0.05, help="Seconds between two faults, on average.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the counts here, as JSON.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
+) -> None:
+    """Kill and hang workers at every step while clients ask for more models than fit. Fails where a promise is broken."""
+    from mball.bench.chaos_run import run_chaos
+
+    held = run_chaos(
+        models or [],
+        requests=requests,
+        swaps=swaps,
+        clients=clients,
+        kill_s=kill,
+        seed=seed,
+        json_path=json,
+        markdown_path=markdown,
+        console=Console(),
+    )
+    if not held:
+        raise typer.Exit(1)
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word for word in text.split(",") if word)
 

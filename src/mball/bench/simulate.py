@@ -171,8 +171,8 @@ def _notes(reports: Sequence[Report], contenders: Sequence[Contender], simulatio
         *(simulate_page.bounds(report, Settings().swap_time_share) for report in reports),
         "Waits are from a request's arrival until its model lets it in. Means over the seeds, with 95 % bootstrap "
         "intervals; longest: of all seeds. The clairvoyant knows every request to come: a bound, not a rival.",
-        f"Tuned for the lowest mean p99 on seeds {TUNING_SEEDS[0]} to {TUNING_SEEDS[-1]} of {', '.join(TUNED_ON)}, "
-        f"over {grids}. Chosen: {chosen}.",
+        f"Tuned for the lowest mean p99 on seeds {TUNING_SEEDS[0]} to {TUNING_SEEDS[-1]} of {', '.join(TUNED_ON)} "
+        f"(mball bench simulate --tune), over {grids}. Chosen: {chosen}.",
     ]
 
 

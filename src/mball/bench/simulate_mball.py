@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from mball.bench.simulate_fleet import CONTEXT_BYTES, DEMOTE_S
 from mball.bench.simulate_world import SimModel, World
+from mball.memory.look import Look, Standing
 from mball.memory.planner import Candidate
-from mball.memory.policy import Look, Standing, decide, image_drops
+from mball.memory.policy import decide, image_drops
 from mball.memory.rates import Rate
 from mball.memory.settings import Settings
 from mball.memory.states import Process

@@ -24,9 +24,10 @@ from mball.memory.events import Events
 from mball.memory.images import Images
 from mball.memory.lease import Lease
 from mball.memory.ledger import Ledger
+from mball.memory.look import Bring, Look, Standing
 from mball.memory.model import Model
 from mball.memory.planner import Move
-from mball.memory.policy import Bring, Look, Standing, decide
+from mball.memory.policy import decide
 from mball.memory.process import WorkerProcess
 from mball.memory.settings import Settings
 from mball.memory.states import Process
