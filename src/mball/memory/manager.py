@@ -95,7 +95,7 @@ class Manager:
         if device.name == "cpu":
             self._cores = CoresKeeper(self._models, self._settings)
         self._pressure = PressureWatch(
-            self._models, self._images, self.events, gauge or Gauge(), self._settings, self._refill
+            self._models, self._images, self.events, gauge or Gauge(), self._settings, self._wake
         )
         self._sampler: Sampler | None = None
         self._command_for = command_for
@@ -401,12 +401,6 @@ class Manager:
         """Who computes may have changed."""
         if self._cores is not None:
             self._cores.look()
-
-    def _refill(self) -> None:
-        """There is room for images again."""
-        for model in self._models.values():
-            if model.on_device and model.settled:
-                self._images.keep(model, self._models.values(), time.monotonic())
 
     def _shown(self, model: Model) -> dict[str, Any]:
         last = self.events.last(model.name)

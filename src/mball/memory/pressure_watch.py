@@ -102,15 +102,15 @@ class PressureWatch:
         events: Events,
         gauge: Gauge,
         settings: Settings,
-        refill: Callable[[], None],
+        changed: Callable[[], None],
     ) -> None:
-        """`refill` is told when there is room for images again."""
+        """`changed` is told when there is more room for images."""
         self._models = models
         self._images = images
         self._events = events
         self._gauge = gauge
         self._every_s = settings.pressure_s
-        self._refill = refill
+        self._changed = changed
         reserve = settings.host_reserve_bytes
         least = reserve_bytes(host.memory_bytes()) if reserve is None else reserve
         self._throttle = Throttle(images.ledger.total_bytes, least, settings.calm_s)
@@ -149,7 +149,7 @@ class PressureWatch:
             limit = format_bytes(throttle.limit_bytes)
             self._events.record("pressure eased", None, f"{self._state(reading)}; images may have {limit}")
         if throttle.limit_bytes > before:
-            self._refill()
+            self._changed()
 
     def _state(self, reading: Reading) -> str:
         psi = "" if reading.full is None else f", {reading.full:.0f} % of the time all stands still for it"

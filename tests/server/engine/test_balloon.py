@@ -84,8 +84,8 @@ def test_no_token_changes_while_the_balloon_goes_in_and_out(
     path = model_dir("llama")
     blocks = 400
     engine = engine_for(path, kv_cache_bytes=blocks * BLOCK_BYTES, max_num_seqs=4)
-    expected = [reference(oracle(path), prompt, 150)[0] for prompt in MIXED]
-    runs = [Run(engine, f"r{index}", prompt, max_tokens=150) for index, prompt in enumerate(MIXED)]
+    expected = [reference(oracle(path), prompt, 100)[0] for prompt in MIXED]
+    runs = [Run(engine, f"r{index}", prompt, max_tokens=100) for index, prompt in enumerate(MIXED)]
     sizes = cycle([0, 340, 200, 320, 0, 280, 345])
     changes = preempted = 0
     while not all(run.done.is_set() for run in runs):
