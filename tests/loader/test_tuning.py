@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mball.loader.paths import FEW_CORES
-from mball.loader.tuning import DISK, PINNED_BYTES, PINNED_SHARE, profile
+from mball.loader.tuning import DISK, FEW_THREADS, PINNED_BYTES, PINNED_SHARE, profile
 from mball.units import GiB, MiB
 
 
@@ -26,7 +26,7 @@ def test_a_large_machine() -> None:
 def test_few_cores_take_windows() -> None:
     for cpus in range(1, FEW_CORES + 1):
         found = profile(cpus=cpus, room_bytes=100 * GiB)
-        assert found.threads == 2
+        assert found.threads == FEW_THREADS
         assert found.chunk_bytes == found.window_bytes
     assert profile(2, cpus=64, room_bytes=100 * GiB).chunk_bytes == found.window_bytes
 
@@ -37,6 +37,9 @@ def test_pinned_memory_is_bounded_and_each_thread_has_a_buffer(threads: int | No
     assert found.buffers >= found.threads >= 1
     assert found.buffer_bytes % MiB == 0
     pinned = found.buffers * found.buffer_bytes
+    windows = found.window_bytes * found.threads * (found.depth + 1)
+    assert windows <= max(room_bytes * PINNED_SHARE, found.threads * (found.depth + 1) * MiB)
+    assert found.window_bytes % MiB == 0
     assert pinned <= max(min(PINNED_BYTES, room_bytes * PINNED_SHARE), found.threads * MiB)
 
 

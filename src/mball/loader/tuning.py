@@ -32,6 +32,9 @@ BUFFER_BYTES = 8 * MiB
 
 MOST_THREADS = 16
 
+FEW_THREADS = 3
+"""With few cores: each registers a window of a file while the driver copies another's."""
+
 SPARE_CORES = 2
 """Left to whoever wakes the readers: with a reader on every core they wait for the interpreter's lock instead."""
 
@@ -43,6 +46,12 @@ DISK = Choice(16, 16 * MiB)
 
 TEE_THREADS = 12
 """More of them where each also writes what it read into an image, and has no read in flight meanwhile."""
+
+WINDOW_BYTES = 256 * MiB
+"""Of a mapped file, registered together: smaller ones cost more calls of the driver."""
+
+DEPTH = 2
+"""Windows of one thread that are being copied while it registers the next."""
 
 _MACHINE_ID = Path("/etc/machine-id")
 
@@ -56,8 +65,8 @@ class Profile:
     threads: int
     buffer_bytes: int
     buffers: int
-    window_bytes: int = 64 * MiB
-    depth: int = 2
+    window_bytes: int = WINDOW_BYTES
+    depth: int = DEPTH
 
     @property
     def chunk_bytes(self) -> int:
@@ -66,7 +75,7 @@ class Profile:
 
 def default_choice(cpus: int) -> Choice:
     """One thread a core less SPARE_CORES, up to MOST_THREADS."""
-    return Choice(min(cpus - SPARE_CORES, MOST_THREADS) if cpus > FEW_CORES else 2, BUFFER_BYTES)
+    return Choice(min(cpus - SPARE_CORES, MOST_THREADS) if cpus > FEW_CORES else FEW_THREADS, BUFFER_BYTES)
 
 
 def profile(
@@ -91,7 +100,10 @@ def profile(
     threads = max(1, threads if threads is not None else choice.threads)
     limit_bytes = min(pinned_bytes, int(room_bytes * PINNED_SHARE))
     buffer_bytes, buffers = bounded(choice.buffer_bytes, threads + SPARE_BUFFERS, limit_bytes, threads)
-    return Profile(min(cpus, threads), threads, buffer_bytes, buffers)
+    window_bytes = WINDOW_BYTES
+    while window_bytes > MiB and window_bytes * threads * (DEPTH + 1) > room_bytes * PINNED_SHARE:
+        window_bytes //= 2
+    return Profile(min(cpus, threads), threads, buffer_bytes, buffers, window_bytes)
 
 
 def remembered(cpus: int) -> Choice | None:

@@ -46,6 +46,25 @@ def test_the_signatures_it_relies_on() -> None:
     assert hasattr(transformers.AutoModel, "_model_mapping")
 
 
+def test_no_time_goes_into_values_of_weights_that_are_to_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    for name in ("uniform_", "normal_"):
+        original = getattr(torch.Tensor, name)
+
+        def spy(tensor: torch.Tensor, *how: Any, name: str = name, original: Any = original, **more: Any) -> Any:
+            given.append(name)
+            return original(tensor, *how, **more)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    with adapter._weightless():
+        model = AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    assert given == []
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert all(not buffer.is_meta and buffer.abs().sum() > 0 for buffer in model.buffers())
+    AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+    assert given != []
+
+
 def test_models_give_our_attention_what_it_reads() -> None:
     """Every model of the tests calls attention with (module, query, key, value, mask, scaling=…) and layer_idx."""
     seen = []

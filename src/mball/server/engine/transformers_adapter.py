@@ -1,9 +1,10 @@
 """The one file that knows the insides of transformers (5.17 to 5.23).
 
 Modules are built without weights on torch's meta device; which checkpoint tensor fills which parameter comes from
-transformers' own conversion tables; the loader reads the bytes. What is relied on beyond the public API is
-`conversion_mapping.get_model_conversion_mapping`, `core_model_loading.rename_source_key` and the two operations that
-lay whole tensors one after the other; tests/server/engine/test_transformers_adapter.py checks their signatures.
+transformers' own conversion tables; the loader reads the bytes. What is relied on beyond the public API are two
+functions of `conversion_mapping`, `initialization.guard_torch_init_functions`, `core_model_loading.rename_source_key`
+and the two operations that lay whole tensors one after the other; tests/server/engine/test_transformers_adapter.py
+checks them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
@@ -36,6 +37,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.initialization import guard_torch_init_functions
 
 from mball.errors import UnsupportedCheckpoint
 from mball.loader import dtypes
@@ -45,6 +47,8 @@ from mball.memory.spec import WorkerSpec
 from mball.server.engine import attention
 from mball.server.engine.kv_cache import KVGeometry
 
+# transformers makes its table when it is first asked: here a zygote does it for all its workers.
+get_checkpoint_conversion_mapping("")  # type: ignore[no-untyped-call]
 AttentionInterface.register(attention.NAME, attention.paged_attention)
 
 _INITIALISED = "_is_hf_initialized"
@@ -171,7 +175,7 @@ def _build(
 def _weightless() -> Iterator[None]:
     """Parameters are names and shapes alone, and no time is spent on initialising them; buffers are computed by the
     constructors and hold real values."""
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), guard_torch_init_functions():
         register = torch.nn.Module.register_parameter
 
         def registered(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
