@@ -41,7 +41,7 @@ class Knobs:
     request. Only where it `balloons` does it say what it could give up.
 
     `crash_at`, `hang_at`, `fail_at` name the step at which it kills itself, never answers, or answers with an error.
-    `orphan`: it has a child, which with `leaves_group` is in a session of its own. `lone`: it goes on without a manager.
+    `orphan`: it has a child, with `leaves_group` in a session of its own. `lone`: it goes on without a manager.
     `times` bounds how often that happens, over all workers that share the file `counter`; without one: always.
     """
 
@@ -303,6 +303,7 @@ class FakeWorker:
             await response.write(f"data: {json.dumps(chunk)}\n\n".encode())
             await asyncio.sleep(self.knobs.token_s)
         await response.write(b"data: [DONE]\n\n")
+        await self.fault("done")
         return response
 
     async def health(self, request: web.Request) -> web.Response:

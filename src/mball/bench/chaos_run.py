@@ -41,7 +41,7 @@ def run_chaos(
     console: Console,
 ) -> bool:
     """Whether every promise held."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     command = shlex.join(["mball", *sys.argv[1:]])
     with tempfile.TemporaryDirectory(prefix="mball-models-") as folder:
         paths = list(models) or _make(Path(folder), seed)
@@ -90,7 +90,7 @@ def _plan(paths: Sequence[Path], *, requests: int, swaps: int, clients: int, kil
     return Plan(
         [*(spec(path.name, path) for path in paths), spec(_LIAR, paths[0])],
         command_for=_command,
-        zygote_for=lambda model: None if model.name == _LIAR else [sys.executable, "-m", "mball.server.worker.zygote"],
+        zygote_for=_zygote,
         device_bytes=round(_ROOM * (largest + _KV_BYTES)) + 8 * MiB,
         requests=requests,
         swaps=swaps,
@@ -102,5 +102,10 @@ def _plan(paths: Sequence[Path], *, requests: int, swaps: int, clients: int, kil
 
 
 def _command(model: ModelSpec) -> list[str]:
-    worker = "mball.bench.chaos_liar" if model.name == _LIAR else "mball.server.worker"
-    return [sys.executable, "-m", worker]
+    worker = ["mball.bench.chaos_liar", "worker"] if model.name == _LIAR else ["mball.server.worker"]
+    return [sys.executable, "-m", *worker]
+
+
+def _zygote(model: ModelSpec) -> list[str]:
+    zygote = ["mball.bench.chaos_liar", "zygote"] if model.name == _LIAR else ["mball.server.worker.zygote"]
+    return [sys.executable, "-m", *zygote]

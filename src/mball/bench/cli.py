@@ -125,7 +125,7 @@ def chaos(
     json: Annotated[Path | None, typer.Option(help="Write the counts here, as JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
 ) -> None:
-    """Kill and hang workers at every step while clients ask for more models than fit. Fails where a promise is broken."""
+    """Kill and hang workers at every step while clients ask for more models than fit; fail where a promise breaks."""
     from mball.bench.chaos_run import run_chaos
 
     held = run_chaos(

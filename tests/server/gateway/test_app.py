@@ -145,6 +145,14 @@ async def test_a_worker_that_dies_in_a_stream_ends_it_with_an_error_event(gatewa
     assert "its worker ended" in json.loads(events[-2].strip().removeprefix(b"data: "))["error"]["message"]
 
 
+async def test_a_worker_that_dies_after_the_last_event_of_a_stream_ends_it_once(gateway: Start) -> None:
+    running = await gateway(model("a", Knobs(crash_at="done")))
+    async with running.http.post(running.url + CHAT, data=body("a", stream=True)) as response:
+        events = (await response.content.read()).split(b"\n\n")
+    assert events[-2:] == [b"data: [DONE]", b""]
+    assert not any(b"error" in event for event in events)
+
+
 async def test_a_worker_that_dies_in_a_whole_answer_leaves_no_half_of_it(gateway: Start) -> None:
     running = await gateway(model("a", Knobs(tokens=1000, token_s=0.05)))
     asking = asyncio.create_task(running.http.post(running.url + CHAT, data=body("a")))

@@ -19,6 +19,7 @@ from mball.server.http import ClientLeft, error_body, unless_disconnected
 
 _log = structlog.get_logger(__name__)
 _FORWARDED_HEADERS = ("content-type", "content-length", "cache-control", "retry-after")
+_DONE = b"data: [DONE]\n\n"
 _CONNECT_TIMEOUT_S = 10.0
 
 
@@ -95,6 +96,7 @@ class _Answer:
         self._send = send
         self._stream = stream
         self._started = False
+        self._end = b""
 
     async def relay(self, upstream: aiohttp.ClientResponse) -> None:
         headers = [(k.encode(), upstream.headers[k].encode()) for k in _FORWARDED_HEADERS if k in upstream.headers]
@@ -103,7 +105,9 @@ class _Answer:
         await self._send({"type": "http.response.start", "status": upstream.status, "headers": headers})
         self._started = True
         await self._send({"type": "http.response.body", "body": first, "more_body": True})
+        self._end = first[-len(_DONE) :]
         async for chunk in chunks:
+            self._end = (self._end + chunk)[-len(_DONE) :]
             await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
         await self._send({"type": "http.response.body", "body": b""})
 
@@ -111,7 +115,10 @@ class _Answer:
         """An error response where nothing was sent; else an error event where it is a stream, and the end."""
         if not self._started:
             raise error
-        if self._stream:
+        if self._stream and self._end == _DONE:
+            # It was whole: its worker ended between the last event and the end of the body.
+            await self._send({"type": "http.response.body", "body": b""})
+        elif self._stream:
             event = f"data: {json.dumps(error_body(error))}\n\n".encode()
             await self._send({"type": "http.response.body", "body": event})
         else:
