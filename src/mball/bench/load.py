@@ -129,6 +129,7 @@ def _report(model_path: Path, checkpoint: Checkpoint, settings: Settings, state:
             "verify": "every byte" if settings.verify else "",
         },
         title=f"Load {format_bytes(checkpoint.nbytes)} {_SOURCES[state]}, {where}"
+        + (", in small pages" if state == "image" and not machine.huge_images() else "")
         + (f", on cores {cores} alone" if cores else "")
         + (", every byte verified" if settings.verify else ""),
         command=settings.command(Path(model_path.name)),

@@ -14,7 +14,8 @@ import pynvml  # type: ignore[import-untyped]
 import mball
 from mball.units import format_bytes
 
-_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_SHARED_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
 def describe(device: str = "cpu") -> dict[str, str]:
@@ -24,8 +25,8 @@ def describe(device: str = "cpu") -> dict[str, str]:
         "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores",
         "memory": format_bytes(psutil.virtual_memory().total),
         "kernel": platform.release(),
-        "transparent huge pages": _chosen(_HUGE_PAGES / "enabled"),
-        "the same for images": _chosen(_HUGE_PAGES / "shmem_enabled"),
+        "transparent huge pages": _chosen(_HUGE_PAGES),
+        "the same for images": _chosen(_SHARED_HUGE_PAGES),
         "python": platform.python_version(),
         "load average before": f"{os.getloadavg()[0]:.1f}",
     }
@@ -58,6 +59,11 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def huge_images() -> bool:
+    """Whether a DRAM image made now is in huge pages."""
+    return _chosen(_SHARED_HUGE_PAGES) in ("always", "within_size", "advise", "force")
 
 
 def _cpu_model() -> str:
