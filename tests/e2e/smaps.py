@@ -1,7 +1,7 @@
-"""Samples the device bytes of a server's workers from outside: Private_* of smaps_rollup above an idle worker's.
+"""Samples the device bytes of a server's workers from outside: anonymous bytes of smaps_rollup above an idle worker's.
 
 Run as a program of its own: `python smaps.py SERVER_PID BASELINES_JSON`; a line of JSON per sample until stdin closes.
-BASELINES_JSON maps a model's name to the Private_* bytes of an idle worker of it.
+BASELINES_JSON maps a model's name to the anonymous bytes of an idle worker of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def private_bytes(pid: int) -> int | None:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Anonymous:", "Private_Hugetlb:")))
 
 
 def workers(server: int) -> dict[int, str]:

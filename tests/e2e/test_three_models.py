@@ -56,10 +56,7 @@ async def ask_interleaved(url: str, models: tuple[str, ...], count: int) -> list
 
 
 def idle_bytes(folder: Path, sockets: Path) -> dict[str, int]:
-    """Private_* bytes of workers that have started and never held weights, read from outside.
-
-    All live at once, as in the server: pages of libraries count as private where one process alone maps them.
-    """
+    """Anonymous bytes of workers that have started and never held weights, read from outside."""
     with ExitStack() as stack:
         idle = {name: stack.enter_context(idle_worker(name, folder / name, sockets)) for name in CHAT_MODELS}
         return {name: smaps.private_bytes(pid) or 0 for name, pid in idle.items()}
