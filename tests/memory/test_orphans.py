@@ -97,6 +97,16 @@ def test_a_killed_daemon_takes_its_worker_with_it_and_what_that_had_forked(runti
 
 
 @pytest.mark.parametrize("how", ["fresh", "forked"])
+def test_the_kernel_ends_a_worker_with_its_daemon_whatever_it_does(runtime_dir: Path, how: str) -> None:
+    with daemon(runtime_dir, Knobs(), how) as (process, worker, keeper):
+        # Stopped, it sees no channel close; and no keeper is there to end it.
+        os.kill(worker, signal.SIGSTOP)
+        os.kill(keeper, signal.SIGKILL)
+        process.kill()
+        until(lambda: gone(worker))
+
+
+@pytest.mark.parametrize("how", ["fresh", "forked"])
 def test_a_worker_that_outlives_its_daemon_and_its_keeper_is_ended_at_the_next_start(
     runtime_dir: Path, how: str
 ) -> None:

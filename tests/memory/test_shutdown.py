@@ -13,7 +13,7 @@ import pytest
 
 from mball.device.proc import start_ticks
 from mball.device.simulated import SimulatedDevice
-from mball.errors import Draining
+from mball.errors import DeviceInUse, Draining
 from mball.units import MiB
 from tests.fake_worker import Knobs
 from tests.memory.conftest import Serve, model, post
@@ -151,3 +151,13 @@ async def test_closing_leaves_no_socket_no_descriptor_and_no_task(serve: Serve, 
     assert await asyncio.to_thread(lambda: len(list(Path("/proc/self/fd").iterdir()))) <= before
     assert asyncio.all_tasks() == {asyncio.current_task()}
     assert running.manager.snapshot()["device"]["promised_bytes"] == 0
+
+
+async def test_a_second_daemon_is_refused_and_the_first_ones_sockets_stay(
+    serve: Serve, device: SimulatedDevice
+) -> None:
+    running = await serve(model("a"))
+    await running.ask("a")
+    with pytest.raises(DeviceInUse, match="is managed by another MBALL"):
+        await serve(model("b"))
+    await running.ask("a")

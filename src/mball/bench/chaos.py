@@ -38,11 +38,11 @@ PHASES = ("start", "promote", "canary", "demote", "stop", "drain", "serve", "awa
 PROMPTS = ("Once upon a time", "The capital of France is", "def main():", "1, 2, 3,", "Dear friend")
 SETTINGS = Settings(
     start_s=60.0,
-    promote_s=10.0,
-    canary_s=10.0,
-    demote_s=10.0,
+    promote_s=5.0,
+    canary_s=5.0,
+    demote_s=5.0,
     drain_s=20.0,
-    release_s=2.0,
+    release_s=0.3,
     verb_s=3.0,
     term_s=1.0,
     start_attempts=6,
@@ -56,6 +56,8 @@ SETTINGS = Settings(
 )
 """Short stays, so that there are many swaps; deadlines that a hung worker meets soon."""
 _SEEN_S = 1.0
+_LIAR_SHARE = 0.25
+"""Of what another model is asked for: each of its demotions ends its worker."""
 _WARM_SWAPS = 100
 
 
@@ -269,6 +271,8 @@ class _Run:
         self._result = result
         self._told = told
         self._random = random.Random(plan.seed)
+        self._names = [model.name for model in plan.models]
+        self._weights = [_LIAR_SHARE if name == plan.liar else 1.0 for name in self._names]
         self._hung: dict[int, float] = {}
         self._memory = psutil.Process()
 
@@ -291,7 +295,8 @@ class _Run:
     async def _client(self) -> None:
         """A few requests of one client, each with its outcome."""
         for _ in range(5):
-            model, prompt = self._random.choice(self._plan.models).name, self._random.choice(PROMPTS)
+            (model,) = self._random.choices(self._names, self._weights)
+            prompt = self._random.choice(PROMPTS)
             stream = self._random.random() < 0.25
             self._result.requests += 1
             outcome, after = await self._one(model, prompt, stream)

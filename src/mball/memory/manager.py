@@ -113,8 +113,7 @@ class Manager:
 
         Raises DeviceInUse where another daemon has the device, OSError.
         """
-        await asyncio.to_thread(_make_private, self._runtime_dir, self._log_dir)
-        self._lock = await asyncio.to_thread(lock_device, self._device.name, self._runtime_dir)
+        await asyncio.to_thread(self.claim)
         await self._nursery.open()
         await self._figures.recall()
         self._transitions = Transitions(
@@ -156,6 +155,15 @@ class Manager:
         if self._cores is not None:
             self._spawn(self._cores.run(), "cores")
         _log.info("memory manager started", device=self._device.name, device_bytes=self._ledger.total_bytes)
+
+    def claim(self) -> None:
+        """Makes the folders, and takes the device for this daemon; `start` does where it was not done before.
+
+        Blocks for a moment. Raises DeviceInUse where another daemon has it, DeviceError, OSError.
+        """
+        if self._lock is None:
+            _make_private(self._runtime_dir, self._log_dir)
+            self._lock = lock_device(self._device.name, self._runtime_dir)
 
     def names(self) -> list[str]:
         return list(self._models)
@@ -358,8 +366,8 @@ class Manager:
                     _log.error("worker not stopped", error=str(error))
         await self._images.close(models)
         await self._nursery.close()
-        await asyncio.to_thread(_remove_sockets, self._runtime_dir)
-        if self._lock is not None:
+        if self._lock is not None:  # else the folder is another's
+            await asyncio.to_thread(_remove_sockets, self._runtime_dir)
             self._lock.release()
         _log.info("memory manager closed")
 

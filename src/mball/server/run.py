@@ -55,9 +55,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(config: Config, sock: socket.socket) -> None:
-    """Serves until SIGTERM or SIGINT. Blocks; owns `sock`."""
+    """Serves until SIGTERM or SIGINT. Blocks; owns `sock`. Raises DeviceInUse, MballError."""
     with _runtime_dir(config) as runtime_dir:
         manager = build_manager(config, runtime_dir)
+        manager.claim()
         server = _Server(
             uvicorn.Config(
                 create_app(manager, config),
