@@ -244,6 +244,7 @@ def test_casts(machine: Machine, profile: Profile, from_image: bool, tmp_path: P
 def test_checked_against_a_manifest(machine: Machine) -> None:
     manifest = Manifest.make(machine.checkpoint, extent_bytes=48 * KiB)
     machine.check(machine.fill(Options(verify=manifest))[1])
+    assert machine.runtime.pageable_copies == 0
     path = machine.checkpoint.shards[1].path
     with path.open("r+b") as file:
         file.seek(-100, os.SEEK_END)
