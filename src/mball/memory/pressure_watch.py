@@ -159,11 +159,13 @@ class PressureWatch:
         kept = [m for m in self._models.values() if m.image is not None and m.image.ready]
         slower = max((m.source_s - m.promote_s for m in kept), default=0.0)
         cost = f"a model without its image comes back from its files, up to {max(0.0, slower):.1f} s slower"
+        reserve = format_bytes(self._throttle.reserve_bytes)
+        limit = format_bytes(self._throttle.limit_bytes)
+        why = "work stands still for memory" if reading.stalls else f"less than the {reserve} kept for others"
         self._events.record(
             "pressure",
             None,
-            f"{self._state(reading)}, less than the {format_bytes(self._throttle.reserve_bytes)} kept for others, or "
-            f"work stands still: images are given up down to {format_bytes(self._throttle.limit_bytes)}; {cost}",
+            f"{self._state(reading)}: {why}; images may have {limit} from now on; {cost}",
             level="warning",
             available_bytes=reading.available_bytes,
         )
