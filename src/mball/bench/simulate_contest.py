@@ -65,7 +65,7 @@ CONTENDERS = (
         {"patience_s": 0.0, "fill_first": False, "one_order": True, "overtake": True, "ttl_s": 300.0},
     ),
     Contender(
-        "static placement",
+        "static",
         {**_COMMON, "pinned_share": (0.2, 0.4, 0.6)},
         {"patience_s": 5.0, "fill_first": False, "one_order": False, "overtake": True, "pinned_share": 0.2},
     ),

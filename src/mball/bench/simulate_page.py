@@ -87,10 +87,9 @@ def columns() -> list[Column]:
     return [
         interval("mean_s"),
         interval("p99_s"),
-        Column("longest, s", lambda outcome: f"{max(values(outcome, 'longest_s')):.0f}"),
-        average("switching", "switching_share", ".0%"),
+        Column("longest", lambda outcome: f"{max(values(outcome, 'longest_s')):.0f}"),
+        average("switch", "switching_share", ".0%"),
         average("moves", "promotions", ".0f"),
-        average("starts", "starts", ".0f"),
     ]
 
 
