@@ -237,7 +237,7 @@ class FakeWorker:
             "in_flight": self.in_flight,
             "from_image": self.image_ready,
             "environment": dict(os.environ),
-            "drawn": random.random(),
+            "drawn": drawn(),
             "threads": self.threads,
             "spare_bytes": self.spare if self.knobs.balloons else 0,
         }
@@ -363,6 +363,12 @@ def main() -> None:
         sys.exit("the manager ended before the signal of its death was set")
     spec = WorkerSpec.from_json(arguments.spec)
     work(spec, arguments.control_fd, "started")
+
+
+def drawn() -> tuple[float, ...]:
+    """From every random state that there is."""
+    numpy = sys.modules.get("numpy")
+    return (random.random(), *([float(numpy.random.random())] if numpy else []))
 
 
 def work(spec: WorkerSpec, control_fd: int, how: str) -> None:

@@ -11,6 +11,8 @@ import socket
 import sys
 import threading
 
+import numpy  # noqa: F401 - it has a random state, and threads where it is let
+
 from mball.server.worker import zygote
 from tests import fake_worker
 

@@ -157,6 +157,8 @@ def test_strangers_are_left_alone(tmp_path: Path) -> None:
     """A pid that is another's now: no mark; another run's mark; the run's mark in no variable of its own."""
     with sleeper() as bare, sleeper(**{MARK: "another"}) as other, sleeper(X=f"{MARK}=mine") as odd:
         born = [Born(p.pid, ticks(p.pid)) for p in (bare, other, odd)]
+        # Looked at first: were it wrong, what follows would end everything of this user's.
+        assert family("mine") == []
         path = write(tmp_path, "mine", [*born, Born(bare.pid, born[0].start_ticks - 5)])
         assert reap(path, term_s=0.1, kill_s=0.1) == []
         assert not any(gone(p.pid) for p in (bare, other, odd))

@@ -10,7 +10,6 @@ import asyncio
 import gc
 import json
 import os
-import random
 import socket
 import sys
 import traceback
@@ -183,8 +182,7 @@ def _close_all_but(control_fd: int) -> None:
 
 
 def _reseed() -> None:
-    """What the imports seeded would be the same in every worker."""
-    random.seed()
+    """What the imports seeded would be the same in every worker. (`random` sees to itself.)"""
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(int.from_bytes(os.urandom(4), "little"))
     if (torch := sys.modules.get("torch")) is not None:
