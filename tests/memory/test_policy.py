@@ -134,6 +134,11 @@ def test_a_long_load_goes_through_an_image_while_others_switch() -> None:
     assert decision.bring is not None
     assert decision.bring.model == "quick"
     assert on(100, replace(slow, filling=True), dram_free_bytes=40).bring is None
+    reading = asleep("first", 5, filling=True, wait_s=9.0)
+    behind = on(100, slow, reading, dram_free_bytes=40)
+    assert (behind.fills, behind.bring) == ([], None)
+    ahead = on(100, slow, replace(reading, queued=0), dram_free_bytes=40)
+    assert [fill.model for fill in ahead.fills] == ["slow"]
     without = on(100, slow, dram_free_bytes=39)
     assert without.fills == []
     assert without.bring is not None

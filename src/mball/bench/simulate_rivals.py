@@ -105,6 +105,8 @@ class Evicting:
     def _fills(self, world: World, model: SimModel, now: float) -> bool:
         if not self._ways.fill_first or model.image != "none" or model.promote_s <= _LONG_S:
             return False
+        if any(other.image == "filling" and other.waiting for other in world.models):
+            return True
         drops = self.images_for(world, model, now)
         if drops is None:
             return False

@@ -172,11 +172,15 @@ class _Round:
         self._free_bytes -= max(0, demand.nbytes - freed_bytes)
 
     def _fill_first(self, s: Standing) -> bool:
-        """A long load from the source would keep all others from switching: its image is filled first, beside them."""
+        """A long load from the source would keep all others from switching: its image is filled first, beside them.
+
+        One after another, the oldest first: together they would take as long, and hold what others could use.
+        """
         c = s.candidate
         if not s.image_wanted_bytes or c.image_bytes or c.promote_s <= self._settings.hold_s:
             return False
-        return self._fill(s)
+        reading = bool(self._out.fills) or any(other.filling and other.queued for other in self._standings)
+        return reading or self._fill(s)
 
     def _fill_ahead(self) -> None:
         """Nobody waits, and nothing is read: the image that would save most, where those that go save far less."""
