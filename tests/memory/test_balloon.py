@@ -133,6 +133,21 @@ async def test_an_engine_that_can_no_longer_give_costs_nobody_his_place(serve: S
     books(running, device)
 
 
+async def test_a_plan_that_came_to_nothing_leaves_no_door_shut(serve: Serve, device: SimulatedDevice) -> None:
+    fails = dataclasses.replace(SOFT, fail_at="balloon", promote_s=0.3)
+    small = Knobs(weights_bytes=28 * MiB, kv_bytes=1 * MiB)
+    running = await serve(
+        model("a", fails), model("b", Knobs(weights_bytes=50 * MiB, kv_bytes=9 * MiB)), model("c", small)
+    )
+    for name in "aaaaac":
+        await running.ask(name)
+    assert await running.ask("b") == "b 1 2 3 "
+    assert running.state("c")["demotions"] == 0, "the first plan was a's balloon and c, the second a alone"
+    assert running.state("a")["demotions"] == 1
+    assert await running.ask("c", deadline_s=5.0) == "c 1 2 3 "
+    books(running, device)
+
+
 async def test_what_the_device_does_not_show_free_is_not_promised_again(serve: Serve) -> None:
     liar = dataclasses.replace(SOFT, kept_bytes=1)
     settings = dataclasses.replace(QUICK, release_s=0.2, slack_bytes=0)

@@ -305,8 +305,10 @@ class Scheduler:
     def _gate(self, gates: set[str], now: float) -> None:
         """Shuts the doors that have to be shut for a drain, and opens those that no longer have to."""
         for model in self._models.values():
-            if not model.on_device or not model.settled or model.worker is None:
+            if not model.on_device or model.worker is None:
                 model.gated_s = None
+            elif not model.settled:
+                continue
             elif model.name in gates and (model.gated_s is None or now - model.gated_s < self._settings.drain_s):
                 if model.gated_s is None:
                     model.gated_s = now
@@ -325,6 +327,7 @@ class Scheduler:
     def _begin(self, work: Coroutine[Any, Any, None], models: list[Model]) -> None:
         """A transition of these models: one at a time, decided here and now, so nobody enters a victim meanwhile."""
         self._begun = True
+        open_ones = [(model, model.worker) for model in models if model.queue.is_open]
         for model in models:
             model.moving = True
             model.queue.close()
@@ -333,6 +336,10 @@ class Scheduler:
             self._begun = False
             for model in models:
                 model.moving = model.arriving = False
+            for model, worker in open_ones:
+                # It was to leave, and stayed: the transition came to nothing before its turn.
+                if model.on_device and worker is not None and model.worker is worker and not worker.exited.is_set():
+                    model.queue.open(worker.spec.socket_path)
 
         self._spawn(work, f"transition of {models[0].name}").add_done_callback(ended)
 

@@ -206,7 +206,7 @@ class Transitions:
             began = time.monotonic()
             try:
                 await self._squeeze(model, worker, nbytes, epoch, gently=gently)
-            except TransitionError:
+            except VerbFailed:
                 self._ledger.promise(model.name, held)
                 raise
             took, freed = time.monotonic() - began, model.ballooned_bytes - before
