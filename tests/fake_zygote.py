@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 
-import numpy  # noqa: F401 - it has a random state, and threads where it is let
+import numpy.random  # noqa: F401 - it has a random state, and threads where it is let
 
 from mball.server.worker import zygote
 from tests import fake_worker
