@@ -58,16 +58,16 @@ CONTENDERS = (
         {"rate_window_s": (300.0, 600.0, 1200.0), "max_wait_s": (5.0, 15.0), "hold_s": (1.0, 3.0)},
         {"rate_window_s": 600.0, "max_wait_s": 5.0, "hold_s": 1.0},
     ),
-    Contender("LRU", _COMMON, {"patience_s": 5.0, "fill_first": False, "one_order": False, "overtake": True}),
+    Contender("LRU", _COMMON, {"patience_s": 0.0, "fill_first": True, "one_order": False, "overtake": False}),
     Contender(
         "FIFO with TTL",
         {**_COMMON, "ttl_s": (60.0, 300.0, 900.0)},
-        {"patience_s": 0.0, "fill_first": False, "one_order": True, "overtake": True, "ttl_s": 300.0},
+        {"patience_s": 5.0, "fill_first": True, "one_order": True, "overtake": True, "ttl_s": 60.0},
     ),
     Contender(
         "static",
         {**_COMMON, "pinned_share": (0.2, 0.4, 0.6)},
-        {"patience_s": 5.0, "fill_first": False, "one_order": False, "overtake": True, "pinned_share": 0.2},
+        {"patience_s": 5.0, "fill_first": True, "one_order": False, "overtake": False, "pinned_share": 0.2},
     ),
     Contender(CLAIRVOYANT, {}, {"patience_s": 0.0}),
 )
