@@ -91,6 +91,7 @@ class Result:
     requests: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     later: Counter[str] = field(default_factory=Counter)
+    refused_twice: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
     hangs: Counter[str] = field(default_factory=Counter)
@@ -111,8 +112,8 @@ class Result:
 
     @property
     def after_one_retry(self) -> float:
-        """Share of all answered 200 at once or after one Retry-After."""
-        return (self.outcomes["ok"] + self.later["ok"]) / max(1, self.requests)
+        """Share answered 200 at once or after one Retry-After, of those whose second try no killed process ended."""
+        return (self.outcomes["ok"] + self.later["ok"]) / max(1, self.requests - self.later["lost"])
 
     @property
     def rss_drift(self) -> float | None:
@@ -137,6 +138,7 @@ class Result:
             "outcomes_after_retry": dict(self.later),
             "share_at_once": self.at_once,
             "share_after_one_retry": self.after_one_retry,
+            "refused_twice": dict(self.refused_twice),
             "wrong": len(self.wrong),
             "wrong_examples": self.wrong[:5],
             "rss_drift": None if drift is None else round(drift, 5),
@@ -275,6 +277,7 @@ class _Run:
         self._weights = [_LIAR_SHARE if name == plan.liar else 1.0 for name in self._names]
         self._hung: dict[int, float] = {}
         self._memory = psutil.Process()
+        self._said = ""
 
     async def go(self) -> None:
         plan, result = self._plan, self._result
@@ -303,10 +306,15 @@ class _Run:
             self._result.outcomes[outcome] += 1
             if outcome in ("lost", "refused", "error event"):
                 await asyncio.sleep(min(after or 1.0, 30.0))
-                self._result.later[(await self._one(model, prompt, stream))[0]] += 1
+                again, _ = await self._one(model, prompt, stream)
+                self._result.later[again] += 1
+                if again == "refused":
+                    self._result.refused_twice[f"{model}: {self._said}"] += 1
 
     async def _one(self, model: str, prompt: str, stream: bool) -> tuple[str, float]:
         outcome, text, after = await _ask(self._session, model, prompt, self._plan, stream=stream)
+        if outcome == "refused":
+            self._said = text[:300]
         if outcome == "ok" and model != self._plan.liar and text != self._expected[model, prompt]:
             self._result.wrong.append(f"{model}: {prompt!r}: {text!r}, alone {self._expected[model, prompt]!r}")
             outcome = "wrong"
