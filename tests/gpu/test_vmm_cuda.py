@@ -31,6 +31,10 @@ def free_bytes() -> int:
 def test_what_goes_is_free_on_the_device_and_what_stays_keeps_its_content() -> None:
     space = reserve(1024 * MiB, GPU)
     assert isinstance(space, CudaRange)
+    # The kernels that are used below take memory of their own when they are first used.
+    warm = torch.zeros(1024, 4, device=GPU).copy_(torch.arange(1024, device=GPU, dtype=torch.float32)[:, None])
+    assert float(warm[3].fill_(5).mean()) == 5
+    assert bool((warm[:2] == torch.arange(2, device=GPU)[:, None]).any())
     torch.cuda.empty_cache()
     before = free_bytes()
     space.resize(1024 * MiB)
@@ -39,8 +43,10 @@ def test_what_goes_is_free_on_the_device_and_what_stays_keeps_its_content() -> N
     assert (bytes_view.device, bytes_view.shape, bytes_view.dtype) == (GPU, (1024 * MiB,), torch.uint8)
     view = bytes_view.view(torch.float32).view(1024, -1)
     view.copy_(torch.arange(1024, device=GPU, dtype=torch.float32)[:, None].expand_as(view))
+    torch.cuda.empty_cache()
+    full = free_bytes()
     space.resize(256 * MiB)
-    assert before - free_bytes() == pytest.approx(256 * MiB, abs=SLACK)
+    assert free_bytes() - full == pytest.approx(768 * MiB, abs=SLACK)
     expected = torch.arange(256, device=GPU, dtype=torch.float32)
     assert bool((view[:256] == expected[:, None]).all())
     space.resize(1024 * MiB)
@@ -48,8 +54,9 @@ def test_what_goes_is_free_on_the_device_and_what_stays_keeps_its_content() -> N
     assert bool((view[:256] == expected[:, None]).all())
     assert float(view[1023].mean()) == 5
     assert space.tensor().data_ptr() == bytes_view.data_ptr()
+    full = free_bytes()
     space.close()
-    assert before - free_bytes() == pytest.approx(0, abs=SLACK)
+    assert free_bytes() - full == pytest.approx(1024 * MiB, abs=SLACK)
     space.close()
 
 
@@ -99,7 +106,7 @@ def test_no_token_changes_while_the_balloon_goes_in_and_out(
     ballooned = engine.balloon(384 * MiB)
     assert ballooned.ballooned_bytes >= 384 * MiB
     assert free_bytes() - before == pytest.approx(ballooned.ballooned_bytes, abs=SLACK)
-    sizes = cycle([0, 480 * MiB, 256 * MiB, 496 * MiB])
+    sizes = cycle([0, 448 * MiB, 256 * MiB, 480 * MiB])
     runs = [Run(engine, f"r{index}", prompt, max_tokens=150) for index, prompt in enumerate(mixed)]
     changes = 0
     while not all(run.done.is_set() for run in runs):

@@ -232,7 +232,8 @@ class GenerateEngine:
             raise TransitionError(f"{self._spec.model}: its KV pool can't shrink: install cuda-bindings")
         blocks = left // self._block_bytes if cache is None else cache.fitting_blocks(left)
         if nbytes < 0 or blocks < 2:
-            most = format_bytes(self._pool_bytes - 2 * self._block_bytes)
+            least = 2 * self._block_bytes if cache is None else cache.mapped_bytes(2)
+            most = format_bytes(max(0, self._pool_bytes - least))
             raise TransitionError(
                 f"{self._spec.model}: {format_bytes(nbytes)} for the balloon; its KV pool can give up {most} at most"
             )
