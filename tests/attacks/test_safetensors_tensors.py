@@ -5,7 +5,7 @@ from safetensors import SafetensorError, deserialize
 
 from mball.errors import BadDtype, BadOffsets, BadShape, FileTruncated, HeaderError, SizeMismatch
 from mball.loader import header
-from mball.loader.dtypes import BITS
+from mball.loader.header import BITS
 from tests.loader.files import entry, file_bytes
 
 

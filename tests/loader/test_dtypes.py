@@ -1,7 +1,8 @@
 import torch
 from safetensors.torch import _SIZE, _TYPES
 
-from mball.loader.dtypes import BITS, SAFETENSORS, TORCH, torch_shape
+from mball.loader.dtypes import SAFETENSORS, TORCH, torch_shape
+from mball.loader.header import BITS
 
 
 def test_names_and_sizes_are_the_librarys() -> None:

@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 
 from mball.errors import CheckpointError, FileTruncated, UnsupportedCheckpoint
 from mball.loader import load
-from mball.loader.dtypes import BITS, TORCH, torch_shape
+from mball.loader.dtypes import TORCH, torch_shape
+from mball.loader.header import BITS
 from mball.units import MiB
 from tests.loader.files import entry, file_bytes, mapping_of, write_sharded
 

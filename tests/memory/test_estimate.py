@@ -50,6 +50,15 @@ def test_by_hand(tmp_path: Path) -> None:
     assert estimate(spec(path, task="embed")) == Estimate(35 * 2, 0)
 
 
+def test_an_index_that_leads_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    folder(tmp_path / "other")
+    path = folder(tmp_path / "m")
+    (path / "model.safetensors").unlink()
+    places = {"a": "../other/model.safetensors", "b": "../other/model.safetensors"}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert estimate(spec(path)) is None
+
+
 def test_files_that_do_not_tell_are_no_failure(tmp_path: Path) -> None:
     assert estimate(spec(tmp_path / "none")) is None
     path = folder(tmp_path / "m")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mball.loader.checkpoint import Checkpoint, TensorInfo
-from mball.loader.dtypes import BITS, TORCH, torch_shape
+from mball.loader.dtypes import TORCH, torch_shape
+from mball.loader.header import BITS
 from mball.loader.plan import Cast, Extent
 
 _NAMED = 8

@@ -11,8 +11,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from mball.errors import CheckpointError
+from mball.loader.checkpoint import Checkpoint
 from mball.memory.spec import WorkerSpec
 
 DEFAULT_TOKENS_PER_SEQ = 2048
@@ -38,7 +38,7 @@ def estimate(spec: WorkerSpec) -> Estimate | None:
         dtype = spec.dtype or config.get("dtype") or config.get("torch_dtype") or stored
         item_bytes = _ITEM_BYTES[dtype]
         kv_bytes = 0 if spec.task == "embed" else _kv_bytes(spec, config.get("text_config", config), item_bytes)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, CheckpointError):
         return None
     return Estimate(elements * item_bytes, kv_bytes)
 
@@ -96,22 +96,11 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _elements(folder: Path) -> tuple[int, str]:
-    """Numbers in the checkpoint, and the dtype of most of its bytes."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    places = None if single.is_file() else json.loads(index.read_bytes())["weight_map"]
-    files = ["model.safetensors"] if places is None else sorted(set(places.values()))
+    """Numbers in the checkpoint, and the dtype of most of its bytes. Raises CheckpointErrors."""
     count, sizes = 0, Counter[str]()
-    for file in files:
-        with safe_open(folder / file, framework="numpy") as shard:
-            for name in shard.keys():  # noqa: SIM118 - not a mapping
-                if places is not None and places.get(name) != file:
-                    continue
-                tensor = shard.get_slice(name)
-                numbers = math.prod(tensor.get_shape())
-                dtype = _STORED_AS.get(tensor.get_dtype(), "float32")
-                count += numbers
-                sizes[dtype] += numbers * _ITEM_BYTES[dtype]
+    for tensor in Checkpoint.open(folder).tensors.values():
+        count += math.prod(tensor.shape)
+        sizes[_STORED_AS.get(tensor.dtype, "float32")] += tensor.nbytes
     return count, sizes.most_common(1)[0][0] if sizes else "float32"
 
 

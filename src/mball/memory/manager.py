@@ -280,13 +280,7 @@ class Manager:
         """JSON for `/mball/v1/state`."""
         models = list(self._models.values())
         return {
-            "models": [
-                {
-                    **model.snapshot(self._ledger.held(model.name)),
-                    "last_event": self._told(self.events.last(model.name)),
-                }
-                for model in models
-            ],
+            "models": [self._shown(model) for model in models],
             "device": {
                 "name": self._device.name,
                 "total_bytes": self._ledger.total_bytes,

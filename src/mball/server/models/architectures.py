@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mball.errors import ConfigError
-from mball.loader.dtypes import BITS
+from mball.loader.header import BITS
 from mball.server.models.shards import TensorSpec
 from mball.units import format_bytes
 

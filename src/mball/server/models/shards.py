@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mball.loader.checkpoint import INDEX_FILE, SINGLE_FILE
-from mball.loader.dtypes import BITS
+from mball.loader.header import BITS
 
 
 @dataclass(frozen=True, slots=True)
