@@ -25,12 +25,14 @@ from typing import Any
 
 from aiohttp import web
 
-from mball.device import prctl
+from mball.device import libc, prctl
 from mball.device.account import open_account
 from mball.device.proc import private_bytes
 from mball.errors import CheckpointError, TransitionError
 from mball.memory import control
 from mball.memory.spec import WorkerSpec
+
+PR_SET_PDEATHSIG = 1
 
 MiB = 1 << 20
 
@@ -374,7 +376,7 @@ def drawn() -> tuple[float, ...]:
 def work(spec: WorkerSpec, control_fd: int, how: str) -> None:
     knobs = Knobs.from_environment()
     if knobs.lone:
-        prctl.outlive_parent()
+        libc.LIBC.prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)
     if knobs.deaf:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if knobs.orphan and os.fork() == 0:

@@ -12,7 +12,7 @@ from mball.bench import simulate_mball
 from mball.bench.report import Report, from_json
 from mball.bench.runner import Outcome
 from mball.bench.simulate import Simulation, run_simulation
-from mball.bench.simulate_contest import CONTENDERS, Contender, play, policy, quantile, rivals, tune
+from mball.bench.simulate_contest import CONTENDERS, Contender, play, policy, quantile, tune
 from mball.bench.simulate_fleet import CONTEXT_BYTES, DEVICE_BYTES, TRACES, TUNED_ON, Request, Traffic, fleet, trace
 from mball.bench.simulate_mball import Mball
 from mball.bench.simulate_page import Interval, verdicts
@@ -176,7 +176,7 @@ def test_the_command_writes_a_table_a_plot_a_page_and_every_run(tmp_path: Path) 
     reports = from_json(data.read_text())
     assert json.loads(data.read_text())["schema_version"]
     assert [found.setting["trace"] for found in reports] == ["steady", "heavy-tailed"]
-    names = ["MBALL", *rivals(), "clairvoyant"]
+    names = [contender.name for contender in CONTENDERS]
     assert [outcome.name for outcome in reports[0].outcomes] == names
     assert all(len(outcome.rounds) == 2 for outcome in reports[0].outcomes)
     text = page.read_text()

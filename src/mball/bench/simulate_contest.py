@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -71,11 +71,6 @@ CONTENDERS = (
     ),
     Contender(CLAIRVOYANT, {}, {"patience_s": 0.0}),
 )
-
-
-def rivals(contenders: Iterable[Contender] = CONTENDERS) -> list[str]:
-    """Those that know as little of the future as MBALL."""
-    return [contender.name for contender in contenders if contender.name not in (MBALL, CLAIRVOYANT)]
 
 
 def policy(name: str, choice: Choice, kinds: Sequence[Kind], requests: Sequence[Request]) -> Policy:

@@ -28,11 +28,6 @@ def die_with_parent() -> None:
     _prctl("PR_SET_PDEATHSIG", _PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def outlive_parent() -> None:
-    """Undoes `die_with_parent`. Raises OSError."""
-    _prctl("PR_SET_PDEATHSIG", _PR_SET_PDEATHSIG, 0)
-
-
 def set_command_line(arguments: list[str], name: str) -> bool:
     """What `ps` shows of this process, within the room that its own arguments had; `name` (15 bytes) what `top` does.
 
