@@ -14,7 +14,8 @@ import pytest
 
 from mball.device.proc import start_ticks
 from mball.device.simulated import SimulatedDevice
-from mball.errors import MballError, ModelFailed
+from mball.errors import MballError, ModelFailed, NotReleased
+from mball.memory.model import Model
 from mball.units import MiB
 from tests.fake_worker import Knobs
 from tests.memory.conftest import QUICK, Running, Serve, model, post
@@ -135,17 +136,39 @@ async def test_memory_taken_by_others_is_the_models_failure_alone(serve: Serve, 
 @pytest.mark.parametrize("step", ["start", "promote", "canary"])
 async def test_a_hung_worker_is_ended_at_its_deadline(serve: Serve, tmp_path: Path, step: str) -> None:
     running = await serve(model("a", once(tmp_path, hang_at=step)), model("b"), settings=HASTY)
-    waiting = asyncio.create_task(running.ask("a"))
-    await running.until(lambda: running.state("a")["process"] in ("starting", "alive"))
-    result = (await asyncio.gather(waiting, return_exceptions=True))[0]
-    if step == "start":
-        assert result == "a 1 2 3 "
-    else:
-        assert isinstance(result, ModelFailed)
-        assert f"no answer to {step} within 1.0 s" in str(result)
-    assert await running.ask("b") == "b 1 2 3 "
-    await asyncio.sleep(HASTY.cool_down_s)
     assert await running.ask("a") == "a 1 2 3 "
+    assert running.state("a")["crashes"] == 1
+    assert await running.ask("b") == "b 1 2 3 "
+
+
+@pytest.mark.parametrize("step", ["promote", "canary"])
+async def test_one_that_always_hangs_fails_with_the_reason(serve: Serve, step: str) -> None:
+    hasty = dataclasses.replace(HASTY, promote_s=0.3, canary_s=0.3)
+    running = await serve(model("a", Knobs(hang_at=step)), model("b"), settings=hasty)
+    with pytest.raises(ModelFailed, match=f"3 failures in a row, the last: a: no answer to {step} within 0.3 s"):
+        await running.ask("a")
+    assert running.state("a")["promised_bytes"] == 0
+    assert await running.ask("b") == "b 1 2 3 "
+
+
+async def test_a_victim_s_failure_is_not_that_of_the_model_that_comes(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = await serve(model("a"), model("b"))
+    await running.ask("a")
+    transitions, refused = running.manager._transitions, list[str]()
+    demote = transitions.demote
+
+    async def once_refused(victim: Model, epoch: int, reason: str) -> None:
+        if not refused:
+            refused.append(victim.name)
+            raise NotReleased(f"{victim.name}: not yet")
+        await demote(victim, epoch, reason)
+
+    monkeypatch.setattr(transitions, "demote", once_refused)
+    assert await running.ask("b") == "b 1 2 3 "
+    assert refused == ["a"]
+    assert running.state("b")["crashes"] == 0
 
 
 async def test_one_that_hangs_on_its_way_out_is_stopped(serve: Serve, device: SimulatedDevice) -> None:

@@ -17,6 +17,7 @@ from mball.errors import (
     ModelDoesNotFit,
     ModelFailed,
     TransitionError,
+    VerbFailed,
     WorkerDied,
     WorkerNotStarted,
 )
@@ -212,19 +213,30 @@ class Scheduler:
             try:
                 for move in bring.moves:
                     await self._execute(move, epoch, f"{format_bytes(bring.nbytes)} for {model.name}: {move.reason}")
-                if bring.verb == "start":
-                    self._launch(model, bring.nbytes)
-                    return
+            except MballError as error:
+                # A victim's failure is not this model's: the next step plans anew, without it or with what it left.
+                model.not_before_s = time.monotonic() + self._settings.backoff_s
+                _log.warning("no room made", model=model.name, error=str(error))
+                return
+            if bring.verb == "start":
+                self._launch(model, bring.nbytes)
+                return
+            try:
                 await self._transitions.promote(model, epoch)
-            except (DeviceOutOfMemory, WorkerDied) as error:
-                # The room went elsewhere, or the worker died: the next step plans anew.
+            except DeviceOutOfMemory as error:
+                # The room went elsewhere: the next step plans anew.
                 _log.warning("not promoted", model=model.name, error=str(error))
-                if worker is not None and isinstance(error, WorkerDied):
-                    self._count_crash(model, worker)
-                    model.error = await worker.epitaph()
+                return
+            except VerbFailed as error:
+                self._fail(model, f"{model.name}: could not be loaded: {error}")
                 return
             except MballError as error:
-                self._fail(model, f"{model.name}: could not be loaded: {error}")
+                # It died, hung or gave no token: another worker may do better, a few times.
+                _log.warning("not promoted", model=model.name, error=str(error))
+                model.error = str(error)
+                self._count_crash(model, worker)
+                if worker is not None and isinstance(error, WorkerDied):
+                    model.error = await worker.epitaph()
                 return
         model.figures.last_swap_s = time.monotonic() - began
         model.wanted = False
