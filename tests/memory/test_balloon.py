@@ -135,7 +135,8 @@ async def test_an_engine_that_can_no_longer_give_costs_nobody_his_place(serve: S
 
 async def test_a_plan_that_came_to_nothing_leaves_no_door_shut(serve: Serve, device: SimulatedDevice) -> None:
     fails = dataclasses.replace(SOFT, fail_at="balloon", promote_s=0.3)
-    small = Knobs(weights_bytes=28 * MiB, kv_bytes=1 * MiB)
+    # Slow enough to come back for the balloon to be the first move.
+    small = Knobs(weights_bytes=28 * MiB, kv_bytes=1 * MiB, promote_s=0.1)
     running = await serve(
         model("a", fails), model("b", Knobs(weights_bytes=50 * MiB, kv_bytes=9 * MiB)), model("c", small)
     )
@@ -190,4 +191,21 @@ async def test_balloons_and_requests_at_once(serve: Serve, device: SimulatedDevi
     done.set()
     assert await squeezing > 10
     assert answers == [f"{'ab'[number % 2]} 1 2 3 " for number in range(40)]
+    books(running, device)
+
+
+async def test_one_that_hangs_at_its_balloon_is_ended_and_makes_room_all_the_same(
+    serve: Serve, device: SimulatedDevice
+) -> None:
+    settings = dataclasses.replace(QUICK, demote_s=0.3, sample_s=0.05)
+    hangs = dataclasses.replace(SOFT, hang_at="balloon")
+    running = await serve(
+        model("a", hangs), model("b", Knobs(weights_bytes=40 * MiB, kv_bytes=20 * MiB)), settings=settings
+    )
+    await running.ask("a")
+    await running.until(lambda: running.state("a")["spare_bytes"] > 0)
+    pid = running.state("a")["pid"]
+    assert await running.ask("b") == "b 1 2 3 "
+    assert running.state("b")["crashes"] == 0
+    assert running.state("a")["pid"] != pid
     books(running, device)

@@ -98,6 +98,19 @@ async def test_a_worker_that_hangs_while_it_serves_is_ended_and_its_model_served
     assert running.state("a")["pid"] != first
 
 
+async def test_a_worker_that_hangs_asleep_or_at_its_image_is_ended_before_it_is_needed(serve: Serve) -> None:
+    settings = dataclasses.replace(QUICK, verb_s=0.2, idle_sample_s=0.1)
+    running = await serve(model("a", Knobs(image_s=60.0)), settings=settings)
+    await running.ask("a")
+    psutil.Process(running.state("a")["pid"]).suspend()
+    await running.until(lambda: running.state("a")["crashes"] == 1)
+    await running.ask("a")
+    await running.manager.unload("a")
+    psutil.Process(running.state("a")["pid"]).suspend()
+    await running.until(lambda: running.state("a")["crashes"] == 2)
+    assert await running.ask("a") == "a 1 2 3 "
+
+
 async def test_a_start_holds_it_to_reserve_its_bytes_alone(serve: Serve) -> None:
     """Others switch while a model starts, and its context's bytes are promised all the while."""
     small = Knobs(weights_bytes=40 * MiB, kv_bytes=10 * MiB)

@@ -129,7 +129,7 @@ class WorkerProcess:
             self._unanswered = 0
             return answer
         except TimeoutError:
-            self._unanswered += verb == "status" and self.doing is None
+            self._unanswered += verb == "status"
             if self._unanswered >= _UNANSWERED:
                 _log.warning("worker killed: it hangs", model=self.spec.model, pid=self.pid)
                 self.kill()

@@ -80,8 +80,7 @@ class Sampler:
             return
         model.keeps(held)
         self._promise(model, held)
-        if model.on_device:
-            await self._transitions.inquire(model)
+        await self._transitions.inquire(model)
 
     def _promise(self, model: Model, held: int) -> None:
         """As much as it holds, and no more than it needs: what it needed once comes free as its figure falls."""

@@ -192,8 +192,8 @@ class Transitions:
         """Has a living model do without `nbytes`, fewer or more than now.
 
         Raises VerbFailed where its engine can't, DeviceOutOfMemory where there is no room for what it takes back,
-        NotReleased where the device does not show free what it gave (that stays promised); WorkerDied,
-        TransitionError.
+        NotReleased where the device does not show free what it gave (that stays promised); WorkerDied, or
+        TransitionError past the deadline: then its worker is gone.
         """
         async with model.lock:
             worker, before, held = _alive(model), model.ballooned_bytes, self._ledger.held(model.name)
@@ -208,6 +208,9 @@ class Transitions:
                 await self._squeeze(model, worker, nbytes, epoch, gently=gently)
             except VerbFailed:
                 self._ledger.promise(model.name, held)
+                raise
+            except TransitionError:
+                await self.bury(model)
                 raise
             took, freed = time.monotonic() - began, model.ballooned_bytes - before
             model.spare_bytes = max(0, model.spare_bytes - freed)
@@ -228,9 +231,9 @@ class Transitions:
             )
 
     async def inquire(self, model: Model) -> None:
-        """Asks its engine what it could give up now. Where it doesn't say, it is thought to be nothing."""
+        """Asks its worker whether it lives, and its engine what it could give up now: nothing where it doesn't say."""
         worker, status = model.worker, dict[str, Any]()
-        if worker is not None and model.on_device:
+        if worker is not None:
             try:
                 status = await worker.call("status", deadline_s=self._settings.verb_s)
             except TransitionError as error:

@@ -190,6 +190,7 @@ async def test_an_answer_that_takes_too_long_ends(gateway: Start) -> None:
     async with running.http.post(running.url + CHAT, data=body("a")) as response:
         assert response.status == 503
         assert "no whole answer" in (await error_of(response))["message"]
+        assert int(response.headers["retry-after"]) >= 1
     await running.until(lambda: running.state("a")["in_flight"] == 0)
 
 

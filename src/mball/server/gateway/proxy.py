@@ -82,7 +82,8 @@ class Forward(Response):
                 async with session.post(f"http://worker{self._path}", data=data, headers=headers) as upstream:
                     await answer.relay(upstream)
         except TimeoutError:
-            await answer.fail(Unavailable(f"{self._call.model}: no whole answer within {self._timeout_s:.0f} s"))
+            late = f"{self._call.model}: no whole answer within {self._timeout_s:.0f} s"
+            await answer.fail(Unavailable(late, retry_after_s=self._manager.retry_after_s(self._call.model)))
         except (aiohttp.ClientError, ConnectionError) as error:
             _log.warning("worker lost", model=self._call.model, error=repr(error))
             lost = f"{self._call.model}: its worker ended while it answered; try again"
