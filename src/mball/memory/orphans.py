@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import select
 import signal
 import stat
 import sys
@@ -26,7 +27,7 @@ from mball.errors import ConfigError
 
 MARK = "MBALL_RUN"
 """The environment variable that names the run."""
-_POLL_S = 0.01
+_POLL_S = 0.05
 _COMPACT_AT = 256
 
 
@@ -124,7 +125,8 @@ def _end(run: str, recorded: list[Born], term_s: float, kill_s: float) -> list[i
     ended: dict[int, Born] = {}
     for number, deadline_s in ((signal.SIGTERM, term_s), (signal.SIGKILL, kill_s)):
         deadline, told = time.monotonic() + deadline_s, set[Born]()
-        while alive := family(run):
+        # One that is dying has lost its environment before it is gone.
+        while alive := list({*family(run), *(born for born in ended.values() if born.lives)}):
             for born in alive:
                 ended[born.pid] = born
                 # Again and again: what is being ended may fork.
@@ -133,7 +135,7 @@ def _end(run: str, recorded: list[Born], term_s: float, kill_s: float) -> list[i
                     _signal(born, number, group=born in recorded)
             if time.monotonic() > deadline:
                 break
-            time.sleep(_POLL_S)  # what is waited for is nobody's child here
+            _wait(alive, _POLL_S)
     return [born.pid for born in ended.values() if not born.lives]
 
 
@@ -151,6 +153,18 @@ def _signal(born: Born, number: int, *, group: bool) -> None:
                     os.killpg(born.pid, number)
     finally:
         os.close(pidfd)
+
+
+def _wait(alive: list[Born], timeout_s: float) -> None:
+    """Until one of them has ended. Not for long: what is being ended may fork."""
+    with contextlib.ExitStack() as opened:
+        ends = select.poll()
+        for born in alive:
+            with contextlib.suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(born.pid)
+                opened.callback(os.close, pidfd)
+                ends.register(pidfd, select.POLLIN)
+        ends.poll(1000 * timeout_s)
 
 
 def family(run: str) -> list[Born]:

@@ -89,7 +89,8 @@ class Zygote:
             )
         )
         try:
-            done = await asyncio.wait_for(asyncio.shield(calling), self._settings.fork_s)
+            async with asyncio.timeout(self._settings.fork_s):
+                done = await asyncio.shield(calling)
         except (MballError, TimeoutError, ValueError) as error:
             why = str(error) or f"it did not answer in {self._settings.fork_s:.0f} s"
             if not isinstance(error, ValueError):
