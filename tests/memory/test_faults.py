@@ -203,6 +203,38 @@ async def test_what_is_kept_within_the_slack_is_charged(serve: Serve, device: Si
     assert device.refusals == 0
 
 
+async def test_what_its_context_has_grown_by_is_charged_and_no_reason_to_stop_it(
+    serve: Serve, device: SimulatedDevice
+) -> None:
+    running = await serve(model("a", Knobs(extra_bytes=20 * MiB, kept_bytes=20 * MiB)), model("b", SMALL))
+    await running.ask("a")
+    pid = running.state("a")["pid"]
+    await running.manager.unload("a")
+    assert alive(pid)
+    assert running.state("a")["promised_bytes"] == 21 * MiB
+    for name in "ba":
+        await running.ask(name)
+    assert (running.state("a")["starts"], device.refusals) == (1, 0)
+
+
+class _Hiding(SimulatedDevice):
+    """As in a container that does not show processes: the total alone."""
+
+    def process_bytes(self, pid: int, baseline_bytes: int = 0) -> int | None:
+        return None
+
+
+async def test_where_processes_are_hidden_the_total_proves_a_release(serve: Serve, device: SimulatedDevice) -> None:
+    running = await serve(model("a"), model("b"), model("liar", Knobs(kept_bytes=40 * MiB)), on=_Hiding(device.path))
+    for name in ("a", "b", "a", "liar"):
+        await running.ask(name)
+    assert running.state("a")["starts"] == 1
+    pid = running.state("liar")["pid"]
+    await running.ask("b")
+    assert not alive(pid)
+    assert device.refusals == 0
+
+
 async def test_one_that_takes_no_term_is_killed(serve: Serve, tmp_path: Path) -> None:
     hasty = dataclasses.replace(HASTY, term_s=0.2)
     running = await serve(model("deaf", Knobs(deaf=True, hang_at="stop")), settings=hasty)

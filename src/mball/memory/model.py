@@ -124,6 +124,12 @@ class Model:
         return max(0, most - ballooned)
 
     @property
+    def movable_bytes(self) -> int:
+        """What a demotion unmaps: its weights and the KV pool, less what the balloon has."""
+        needs = self.needs
+        return max(0, needs.weights_bytes + needs.kv_bytes - self.ballooned_bytes) if needs else 0
+
+    @property
     def known_from(self) -> str:
         """Where `needed_bytes` comes from: measured, announced (by its worker), estimate (from its files), nothing."""
         if self.figures.held.value:

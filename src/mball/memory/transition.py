@@ -161,8 +161,14 @@ class Transitions:
             worker, began = _alive(model), time.monotonic()
             model.counters.demotions += 1
             try:
+                before, gives = await self._held(model), model.movable_bytes
+                free_bytes = await asyncio.to_thread(self._device.free_bytes)
                 await worker.call("demote", deadline_s=self._settings.demote_s, epoch=epoch)
-                held = await self._released(model, model.context_bytes + self._settings.slack_bytes)
+                # Beside its weights and KV it may keep what its context has grown by: that is charged from now on.
+                allowed = max(model.context_bytes, before - gives) + self._settings.slack_bytes
+                held = await self._given(model, allowed, free_bytes + gives, model.context_bytes)
+                if held > model.context_bytes + self._settings.slack_bytes:
+                    model.context_bytes = held
             except (TransitionError, DeviceError) as error:
                 _log.warning("worker stopped: it did not give its memory back", model=model.name, error=str(error))
                 await self.bury(model)
@@ -216,7 +222,7 @@ class Transitions:
             model.spare_bytes = max(0, model.spare_bytes - freed)
             model.figures.held.start_anew()
             if freed > 0:
-                await self._given(model, held - freed, free_bytes + freed)
+                model.measured_bytes = await self._given(model, held - freed, free_bytes + freed, held - freed)
             else:
                 model.figures.balloon_s.add(took)
             self._ledger.promise(model.name, held - freed)
@@ -325,17 +331,17 @@ class Transitions:
             await asyncio.sleep(_POLL_S)
         return held
 
-    async def _given(self, model: Model, allowed_bytes: int, free_bytes: int) -> None:
-        """Waits until a ballooned worker holds no more than it may, or, where the device hides what it holds, until so
-        much is free. Raises NotReleased, WorkerDied."""
+    async def _given(self, model: Model, allowed_bytes: int, free_bytes: int, hidden_bytes: int) -> int:
+        """Waits until a worker that gave memory back holds no more than it may; returns what it holds. Where the device
+        hides that, waits until so much is free, and takes it to hold `hidden_bytes`. Raises NotReleased, WorkerDied."""
         if await self.measure(model) is not None:
-            model.measured_bytes = await self._released(model, allowed_bytes)
-            return
+            return await self._released(model, allowed_bytes)
         deadline = time.monotonic() + self._settings.release_s
         while (free := await asyncio.to_thread(self._device.free_bytes)) < free_bytes - self._settings.slack_bytes:
             if time.monotonic() > deadline:
                 raise NotReleased(f"{self._device.name}: {format_bytes(free)} are free, not {format_bytes(free_bytes)}")
             await asyncio.sleep(_POLL_S)
+        return hidden_bytes
 
     async def _gone(self, worker: WorkerProcess) -> None:
         """Waits until a dead process holds nothing any more. Raises NotReleased."""

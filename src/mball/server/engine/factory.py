@@ -10,8 +10,12 @@ from mball.server.engine import transformers_adapter as adapter
 from mball.server.engine.embedder import EmbedEngine
 from mball.server.engine.engine import GenerateEngine
 from mball.server.engine.footprint import kv_blocks, max_model_len
+from mball.server.engine.kv_cache import KVGeometry
 from mball.server.engine.pooling import Pooling
 from mball.server.engine.resident import ResidentWeights, torch_device
+from mball.server.engine.warmup import warm_up
+
+_ENCODER_HEAD = 64
 
 
 def open_engine(spec: WorkerSpec, account: Account) -> GenerateEngine | EmbedEngine:
@@ -28,6 +32,8 @@ def open_engine(spec: WorkerSpec, account: Account) -> GenerateEngine | EmbedEng
         model = adapter.build_encoder(spec, config, checkpoint, dtype)
         pooling = Pooling.read(spec.path)
         limits = [spec.max_model_len, pooling.max_seq_length, getattr(text, "max_position_embeddings", None)]
+        if device.type == "cuda":
+            warm_up(device, KVGeometry(1, 1, _ENCODER_HEAD, dtype))
         known = [limit for limit in limits if limit]
         if not known:
             raise UnsupportedCheckpoint("its configuration gives no longest input; set max_model_len", file=spec.path)
@@ -45,6 +51,8 @@ def open_engine(spec: WorkerSpec, account: Account) -> GenerateEngine | EmbedEng
     if num_blocks < 2:
         raise ConfigError(f"{spec.model}: kv_cache_bytes {spec.kv_cache_bytes} hold no block of KV")
     model = adapter.build_generator(spec, config, checkpoint, dtype, geometry)
+    if device.type == "cuda":
+        warm_up(device, geometry)
     return GenerateEngine(
         spec,
         ResidentWeights(spec, model, checkpoint, account, device),

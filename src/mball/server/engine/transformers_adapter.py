@@ -25,6 +25,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -150,6 +152,24 @@ def build_generator(
 def build_encoder(spec: WorkerSpec, config: PreTrainedConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> Model:
     """A model without head, for padded batches. Raises UnsupportedCheckpoint."""
     return _filled(spec, _build(AutoModel, spec, config, dtype, "sdpa"), checkpoint, headless=True)
+
+
+def build_tiny(geometry: KVGeometry, device: torch.device) -> torch.nn.Module:
+    """A model of that geometry with random weights on `device`, whose attention is ours: a few MiB for one layer and
+    one KV head."""
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=geometry.num_layers,
+        num_attention_heads=2 * geometry.num_kv_heads,
+        num_key_value_heads=geometry.num_kv_heads,
+        head_dim=geometry.head_dim,
+        vocab_size=2048,
+        dtype=geometry.dtype,
+        attn_implementation=attention.NAME,
+    )
+    module: torch.nn.Module = LlamaForCausalLM(config)
+    return module.to(device, geometry.dtype).eval()
 
 
 def _build(

@@ -6,9 +6,10 @@ import argparse
 import asyncio
 import sys
 
+from mball.device import prctl
 from mball.memory.spec import WorkerSpec
 from mball.server.log import configure_logging
-from mball.server.worker import process
+from mball.server.worker import imports
 
 
 def main() -> int:
@@ -16,7 +17,10 @@ def main() -> int:
     parser.add_argument("--control-fd", type=int, required=True, help="the worker's end of the control channel")
     parser.add_argument("--spec", type=WorkerSpec.from_json, required=True, help="what to serve, as JSON")
     arguments = parser.parse_args()
-    process.die_with_parent()
+    prctl.die_with_parent()
+    imports.import_all()
+    from mball.server.worker import process
+
     configure_logging()
     return asyncio.run(process.run(arguments.control_fd, arguments.spec))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import os
 import signal
@@ -31,16 +30,8 @@ from mball.server.worker.verbs import Verbs, trimmed_private_bytes
 EXIT_TIMEOUT_S = 8.0
 """From the first word of stopping to the end of the process, whatever hangs."""
 _GRACE_S = 2
-_PR_SET_PDEATHSIG = 1
 
 _log = structlog.get_logger(__name__)
-
-
-def die_with_parent() -> None:
-    """The kernel kills this process when the thread that started it ends. Raises OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
 
 
 async def run(control_fd: int, spec: WorkerSpec) -> int:

@@ -21,6 +21,7 @@ from mball.device import prctl
 from mball.errors import TransitionError
 from mball.memory.control import MESSAGE_BYTES
 from mball.memory.spec import WorkerSpec
+from mball.server.worker import imports
 
 _FAILED = 70
 
@@ -40,20 +41,11 @@ def main() -> int:
     parser.add_argument("--room", default="", help=argparse.SUPPRESS)
     sock = socket.socket(fileno=parser.parse_args().control_fd)
     prctl.die_with_parent()
-    _import()
+    imports.import_all()
     if not greet(sock):
         return 1
     work = attend(sock)
     return 0 if work is None else _work(work)
-
-
-def _import() -> None:
-    """All that a worker imports; what depends on its model it still has to."""
-    import transformers.generation.utils
-    import transformers.models.llama.modeling_llama
-    import transformers.tokenization_python  # noqa: F401
-
-    import mball.server.worker.process  # noqa: F401
 
 
 def greet(sock: socket.socket) -> bool:
