@@ -56,9 +56,9 @@ CONTENDERS = (
     Contender(
         MBALL,
         {"rate_window_s": (300.0, 600.0, 1200.0), "max_wait_s": (5.0, 15.0), "hold_s": (1.0, 3.0)},
-        {"rate_window_s": 600.0, "max_wait_s": 5.0, "hold_s": 1.0},
+        {"rate_window_s": 1200.0, "max_wait_s": 15.0, "hold_s": 1.0},
     ),
-    Contender("LRU", _COMMON, {"patience_s": 0.0, "fill_first": True, "one_order": False, "overtake": False}),
+    Contender("LRU", _COMMON, {"patience_s": 5.0, "fill_first": True, "one_order": True, "overtake": False}),
     Contender(
         "FIFO with TTL",
         {**_COMMON, "ttl_s": (60.0, 300.0, 900.0)},

@@ -25,7 +25,7 @@ class Settings:
 
     max_queue: int = 1024
     queue_timeout_s: float = 600.0
-    max_wait_s: float = 5.0
+    max_wait_s: float = 15.0
     swap_time_share: float = 0.2
     min_stay_s: float = 0.0
     max_stay_s: float = 30.0
@@ -55,7 +55,7 @@ class Settings:
     first_rate: float = 1.0 * GiB
     sample_s: float = 0.25
     idle_sample_s: float = 5.0
-    rate_window_s: float = 600.0
+    rate_window_s: float = 1200.0
     log_bytes: int = 8 * MiB
     host_reserve_bytes: int | None = None
     pressure_s: float = 2.0

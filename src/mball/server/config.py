@@ -96,7 +96,7 @@ class Config(BaseSettings):
     )
     drain_timeout_s: Seconds = Field(default=30.0, description="How long a shutdown waits for requests under way.")
     max_wait_s: Seconds = Field(
-        default=5.0, description="A request older than this may end another model's stay on the device."
+        default=15.0, description="A request older than this may end another model's stay on the device."
     )
     swap_time_share: float = Field(
         default=0.2, gt=0, le=1, description="A stay is long enough that swapping takes at most this share of time."
