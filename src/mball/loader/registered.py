@@ -25,6 +25,19 @@ class RegisteredImage:
         self._locks = [threading.Lock() for _ in range(pieces)]
         self._registered = [False] * pieces
         self._refused: RegistrationFailed | None = None
+        self._closed = False
+
+    def register(self) -> None:
+        """All of it, ahead of need and beside copies from it; ends early where it is closed meanwhile.
+
+        Raises OSError, RegistrationFailed.
+        """
+        for piece, lock in enumerate(self._locks):
+            with lock:
+                if self._closed:
+                    return
+                if not self._registered[piece]:
+                    self._register(piece)
 
     def pin(self, position: int) -> int:
         """The address of a byte of the image, whose piece is registered. Raises OSError, RegistrationFailed."""
@@ -42,10 +55,12 @@ class RegisteredImage:
 
     def close(self) -> None:
         """Let go of the pages; no copy may be under way. Idempotent."""
-        for piece, registered in enumerate(self._registered):
-            if registered:
-                self._runtime.unregister(self._mapping.address + piece * PIECE_BYTES)
-        self._registered = [False] * len(self._registered)
+        self._closed = True
+        for piece, lock in enumerate(self._locks):
+            with lock:
+                if self._registered[piece]:
+                    self._runtime.unregister(self._mapping.address + piece * PIECE_BYTES)
+                self._registered[piece] = False
         self._mapping.close()
 
     def _register(self, piece: int) -> None:

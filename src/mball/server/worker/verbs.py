@@ -13,11 +13,13 @@ from typing import Any
 
 import structlog
 
+from mball.device.cuda import CudaRuntime
 from mball.device.proc import private_bytes
 from mball.errors import TransitionError
 from mball.loader.registered import IMAGES
 from mball.memory.control import Channel, ChannelClosed, Handler, Message
 from mball.server.engine.api import GenerateRequest, Output, SamplingParams
+from mball.server.engine.resident import torch_device
 from mball.server.worker.service import Service
 from mball.server.worker.threads import in_thread
 
@@ -43,6 +45,7 @@ class Verbs:
         self._filling = asyncio.Lock()
         self._epoch = 0
         self._image_fd: int | None = None
+        self._registering: asyncio.Task[None] | None = None
         self._canary_ids = service.tokenizer.encode(_CANARY_TEXT, service.engine.max_model_len)
 
     def table(self) -> dict[str, Handler]:
@@ -127,9 +130,18 @@ class Verbs:
             async with self._moving:
                 await in_thread(self.close)
                 self._image_fd = os.dup(fd)
+                self._register_ahead(self._image_fd)
             return {"bytes": filled, "fill_s": time.perf_counter() - began}
         finally:
             os.close(fd)
+
+    def _register_ahead(self, image_fd: int) -> None:
+        """The driver learns of the image's pages now, so that the next promotion does not wait for that."""
+        device = torch_device(self._service.spec.device)
+        if device.type == "cuda":
+            image = IMAGES.attach(image_fd, CudaRuntime(device))
+            self._registering = asyncio.create_task(in_thread(image.register), name="register image")
+            self._registering.add_done_callback(_registered)
 
     async def _drop_image(self, message: Message, fd: int | None) -> Message:
         _no_descriptor(fd)
@@ -226,6 +238,11 @@ def trimmed_private_bytes() -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return private_bytes(os.getpid()) or 0
+
+
+def _registered(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.warning("image not registered ahead of need", error=str(error))
 
 
 def _no_descriptor(fd: int | None) -> None:
