@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mball.errors import ConfigError
-from mball.units import GiB, format_bytes
+from mball.units import GiB, format_bytes, parse_bytes
 
 app = typer.Typer(help="Measure this machine, MBALL and its peers.", no_args_is_help=True)
 
@@ -110,6 +110,38 @@ def simulate(
 
     simulation = Simulation(traces=_words(traces), seeds=seeds, rate=rate, minutes=minutes, tuning=tune)
     run_simulation(simulation, json_path=json, plot_path=plot, markdown_path=markdown, console=Console())
+
+
+@app.command()
+def allocator(
+    model: Annotated[Path, typer.Argument(help="A model's folder: it is started several times at once, and switches.")],
+    large: Annotated[Path, typer.Argument(help="A model whose worker is killed while its weights are on the device.")],
+    share: Annotated[str, typer.Option(help="Of the device, for each of those started at once.")],
+    device: Annotated[str, typer.Option(help="cuda, cuda:N or simulated:PATH.")] = "cuda",
+    kv: Annotated[str, typer.Option(help="Each model's KV pool.")] = "512MiB",
+    dram: Annotated[str, typer.Option(help="For images.")] = "40GiB",
+    kills: Annotated[int, typer.Option(min=1)] = 20,
+    switches: Annotated[int, typer.Option(min=2)] = 20,
+    peer: Annotated[bool, typer.Option("--peer", help="Start as many vLLM servers at once, too.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write everything here, as JSON.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
+) -> None:
+    """What the process allocator promises: no collisions, memory back at once, no switch that waits for a start."""
+    from mball.bench.allocator import Options
+    from mball.bench.allocator_report import run_allocator
+
+    options = Options(
+        model,
+        large,
+        device,
+        share_bytes=parse_bytes(share),
+        kv_bytes=parse_bytes(kv),
+        dram_bytes=parse_bytes(dram),
+        kills=kills,
+        switches=switches,
+    )
+    if not run_allocator(options, peer=peer, json_path=json, markdown_path=markdown, console=Console()):
+        raise typer.Exit(1)
 
 
 @app.command()
