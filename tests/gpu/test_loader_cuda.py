@@ -136,8 +136,9 @@ def test_cancelled_and_too_large_loads_leave_nothing(
     allocated_bytes = torch.cuda.memory_allocated()
     copy = CudaStream.copy
     monkeypatch.setattr(CudaStream, "copy", lambda stream, *copied: (copy(stream, *copied), cancel.set())[0])
+    # Each thread takes one buffer of the twelve, and then sees it.
     with pytest.raises(Cancelled):
-        weights.load(threads=1, ways={Way.RING}, cancel=cancel)
+        weights.load(threads=8, ways={Way.RING}, cancel=cancel)
     assert torch.cuda.memory_allocated() == allocated_bytes
     with pytest.raises(DeviceOutOfMemory):
         CudaSlab(4096 * GiB, torch.device("cuda")).populate()

@@ -22,15 +22,18 @@ import aiohttp
 
 from mball.device.device import Device, open_device
 from mball.errors import MballError
+from mball.loader.checkpoint import Checkpoint
 from mball.memory.manager import Manager
 from mball.server.catalog import build_manager
 from mball.server.config import Config, ModelConfig
-from mball.units import MiB
+from mball.units import MiB, format_bytes
 
 _POLL_S = 0.002
 _DEADLINE_S = 600.0
 _LOOK_S = 0.05
 _SLACK_BYTES = 96 * MiB
+_ROOM = 1.6
+"""Of weights and KV: one model and the contexts of two more have room, no two models."""
 
 
 @dataclass(frozen=True)
@@ -139,13 +142,16 @@ async def killed(options: Options) -> Killed:
 async def switches(options: Options) -> Switches:
     """Two models that don't fit together take turns, first alone, then while a third one's worker starts afresh."""
     found = Switches()
-    room = round(1.5 * options.share_bytes)
+    room = round(_ROOM * (Checkpoint.open(options.model).nbytes + options.kv_bytes))
     models = dict.fromkeys(("a", "b", "c"), options.model)
     async with _managed(options, models, room, zygote=False) as manager:
         for name in ("a", "b", "a", "b"):
             await _ask(manager, name)
+        before = manager.snapshot()["promotions"]
         for number in range(options.switches):
             found.alone_s.append(await _timed(manager, "ab"[number % 2]))
+        if manager.snapshot()["promotions"] - before != options.switches:
+            raise MballError(f"{options.model} and another like it fit into {format_bytes(room)}: nothing was switched")
         began = time.monotonic()
         third = asyncio.create_task(_ask(manager, "c"))
         turn = options.switches
@@ -169,7 +175,7 @@ async def _managed(
                 ModelConfig(path=path, name=name, max_model_len=1024, kv_cache_memory_bytes=options.kv_bytes)
                 for name, path in models.items()
             ],
-            device=options.device,
+            device=(options.device,),
             device_memory_bytes=budget,
             dram_bytes=options.dram_bytes,
             # Nobody has to stay: a switch is as long as it is.
