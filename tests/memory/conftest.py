@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mball.device.simulated import SimulatedDevice
 from mball.memory.manager import Manager
 from mball.memory.queue import Ticket
 from mball.memory.settings import Settings
+from mball.memory.slot import Slot
 from mball.memory.spec import ModelSpec, WorkerSpec
 from mball.units import MiB
 from tests.fake_worker import Knobs, command
@@ -34,6 +35,7 @@ QUICK = Settings(
     working_bytes=0,
     slack_bytes=8 * MiB,
     sample_s=0.05,
+    foreign_s=0.05,
 )
 """Waits that tests can afford."""
 
@@ -55,6 +57,12 @@ def runtime_dir() -> Iterator[Path]:
 def device(tmp_path: Path) -> SimulatedDevice:
     """Room for one model of the default knobs (80 MiB) and a bit."""
     return SimulatedDevice.create(tmp_path / "gpu", 120 * MiB, context_bytes=1 * MiB)
+
+
+def slot_of(manager: Manager) -> Slot:
+    """The only device."""
+    [slot] = manager._devices
+    return slot
 
 
 class Running:
@@ -106,16 +114,15 @@ async def serve(runtime_dir: Path, device: SimulatedDevice) -> AsyncIterator[Ser
         async def start(
             *models: ModelSpec,
             settings: Settings = QUICK,
-            on: Device | None = None,
+            on: Device | Sequence[Device] | None = None,
             device_bytes: int | None = None,
             dram_bytes: int = 0,
             command_for: Callable[[ModelSpec], list[str]] = lambda spec: command(),
         ) -> Running:
-            chosen = on or device
+            chosen = list(on) if isinstance(on, Sequence) else [on or device]
             manager = Manager(
                 models,
-                chosen,
-                device_bytes=device_bytes if device_bytes is not None else chosen.total_bytes,
+                [(one, one.total_bytes if device_bytes is None else device_bytes) for one in chosen],
                 dram_bytes=dram_bytes,
                 runtime_dir=runtime_dir,
                 command_for=command_for,

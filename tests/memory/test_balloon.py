@@ -11,7 +11,7 @@ from mball.device.simulated import SimulatedDevice
 from mball.errors import DeviceOutOfMemory, InvalidRequest
 from mball.units import MiB
 from tests.fake_worker import Knobs
-from tests.memory.conftest import QUICK, Running, Serve, model
+from tests.memory.conftest import QUICK, Running, Serve, model, slot_of
 
 SOFT = Knobs(weights_bytes=40 * MiB, kv_bytes=32 * MiB, balloons=True)
 """On the device 73 MiB, of which 28 can be given up."""
@@ -20,8 +20,8 @@ SOFT = Knobs(weights_bytes=40 * MiB, kv_bytes=32 * MiB, balloons=True)
 def books(running: Running, device: SimulatedDevice) -> None:
     state = running.manager.snapshot()
     assert state["books_wrong"] == []
-    assert state["device"]["promised_bytes"] >= state["device"]["measured_bytes"]
-    assert state["device"]["promised_bytes"] <= device.total_bytes
+    assert state["devices"][0]["promised_bytes"] >= state["devices"][0]["measured_bytes"]
+    assert state["devices"][0]["promised_bytes"] <= device.total_bytes
     assert device.refusals == 0
 
 
@@ -155,11 +155,11 @@ async def test_what_the_device_does_not_show_free_is_not_promised_again(serve: S
     running = await serve(model("a", liar), settings=settings)
     await running.ask("a")
     real = running.manager._models["a"]
-    transitions = running.manager._transitions
+    transitions = slot_of(running.manager).transitions
     assert transitions is not None
     with pytest.raises(DeviceOutOfMemory):
         await transitions.balloon(real, 8 * MiB, 10, "a test")
-    assert running.manager._ledger.held("a") == 73 * MiB
+    assert slot_of(running.manager).ledger.held("a") == 73 * MiB
     assert real.spare_bytes == 0
 
 

@@ -18,7 +18,7 @@ from mball.errors import MballError, ModelFailed, NotReleased
 from mball.memory.model import Model
 from mball.units import MiB
 from tests.fake_worker import Knobs
-from tests.memory.conftest import QUICK, Running, Serve, model, post
+from tests.memory.conftest import QUICK, Running, Serve, model, post, slot_of
 
 SMALL = Knobs(weights_bytes=8 * MiB, kv_bytes=4 * MiB)
 HASTY = dataclasses.replace(QUICK, start_s=2.0, promote_s=1.0, demote_s=1.0, canary_s=1.0, release_s=0.5, verb_s=0.3)
@@ -122,7 +122,8 @@ async def test_a_model_that_cannot_be_loaded_gives_its_reason_and_the_others_go_
 
 
 async def test_memory_taken_by_others_is_the_models_failure_alone(serve: Serve, device: SimulatedDevice) -> None:
-    running = await serve(model("a"), model("small", SMALL))
+    unseen = dataclasses.replace(QUICK, foreign_s=60.0)
+    running = await serve(model("a"), model("small", SMALL), settings=unseen)
     await running.ask("small")
     device.take(os.getpid(), 60 * MiB)
     with pytest.raises(ModelFailed, match="DeviceOutOfMemory"):
@@ -156,7 +157,7 @@ async def test_a_victim_s_failure_is_not_that_of_the_model_that_comes(
 ) -> None:
     running = await serve(model("a"), model("b"))
     await running.ask("a")
-    transitions, refused = running.manager._transitions, list[str]()
+    transitions, refused = slot_of(running.manager).transitions, list[str]()
     demote = transitions.demote
 
     async def once_refused(victim: Model, epoch: int, reason: str) -> None:
@@ -296,7 +297,7 @@ async def test_a_model_that_grows_over_its_promise_makes_room_before_it_is_over_
     await running.until(lambda: running.state("small")["shown_as"] == "source")
     assert await running.ask("greedy") == "greedy 1 2 3 "
     await running.ask("small")
-    state = running.manager.snapshot()["device"]
+    state = running.manager.snapshot()["devices"][0]
     assert state["measured_bytes"] <= state["promised_bytes"] <= 80 * MiB
 
 

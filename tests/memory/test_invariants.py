@@ -12,17 +12,21 @@ from structlog.testing import capture_logs
 
 from mball.errors import DeviceOutOfMemory
 from mball.memory.images import Image
-from mball.memory.invariants import broken
+from mball.memory.invariants import broken, broken_images
 from mball.memory.ledger import Ledger
 from mball.memory.model import Model
 from mball.memory.settings import Settings
 from mball.memory.states import Process, State, Weights
-from tests.memory.conftest import Running, Serve, model
+from tests.memory.conftest import Running, Serve, model, slot_of
 
 
 def books() -> tuple[dict[str, Model], Ledger, Ledger]:
     models = {name: Model(model(name), Settings(), 0, lambda: None) for name in "ab"}
     return models, Ledger("gpu", 100), Ledger("dram", 100)
+
+
+def wrong(models: dict[str, Model], device: Ledger, dram: Ledger) -> list[str]:
+    return broken(models, device) + broken_images(models, dram)
 
 
 def on_device(found: Model) -> None:
@@ -49,12 +53,12 @@ MISTAKES: dict[str, Callable[[dict[str, Model], Ledger, Ledger], None]] = {
 @pytest.mark.parametrize("says", MISTAKES)
 async def test_a_mistake_is_named(says: str) -> None:
     models, device, dram = books()
-    assert broken(models, device, dram) == []
+    assert wrong(models, device, dram) == []
     MISTAKES[says](models, device, dram)
-    found = broken(models, device, dram)
+    found = wrong(models, device, dram)
     assert any(says in text for text in found), found
     async with models["a"].lock, models["b"].lock:
-        moving = broken(models, device, dram)
+        moving = wrong(models, device, dram)
     assert all("gpu" in text or "dram" in text for text in moving), "what is being moved is judged afterwards"
 
 
@@ -62,12 +66,12 @@ async def test_a_mistake_is_told_once_as_long_as_it_lasts(serve: Serve) -> None:
     running: Running = await serve(model("a"))
     await running.ask("a")
     with capture_logs() as logs:
-        running.manager._ledger._held["nobody"] = 5
+        slot_of(running.manager).ledger._held["nobody"] = 5
         await running.until(lambda: any(line["event"] == "books wrong" for line in logs))
         assert running.manager.snapshot()["books_wrong"]
         await asyncio.sleep(0.2)
     assert [line["log_level"] for line in logs if line["event"] == "books wrong"] == ["error"]
-    running.manager._ledger.give_back("nobody")
+    slot_of(running.manager).ledger.give_back("nobody")
     assert running.manager.snapshot()["books_wrong"] == []
 
 

@@ -37,8 +37,7 @@ def spec(tmp_path: Path) -> ModelSpec:
 async def running(spec: ModelSpec, device: SimulatedDevice, runtime_dir: Path, state: Path) -> AsyncIterator[Running]:
     manager = Manager(
         [spec],
-        device,
-        device_bytes=device.total_bytes,
+        [(device, device.total_bytes)],
         dram_bytes=0,
         runtime_dir=runtime_dir,
         command_for=lambda _: command(),

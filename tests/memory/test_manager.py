@@ -49,13 +49,19 @@ async def test_the_state_says_what_is_held_and_promised(serve: Serve, device: Si
     assert a["device_bytes"] == a["promised_bytes"] == 81 * MiB
     assert a["baseline_bytes"] > 0
     assert a["last_swap_s"] > 0
-    assert state["device"] == {
-        "name": device.name,
-        "total_bytes": 120 * MiB,
-        "promised_bytes": 81 * MiB,
-        "measured_bytes": 81 * MiB,
-        "ballooned_bytes": 0,
-    }
+    assert state["devices"] == [
+        {
+            "name": device.name,
+            "total_bytes": 120 * MiB,
+            "limit_bytes": 120 * MiB,
+            "promised_bytes": 81 * MiB,
+            "measured_bytes": 81 * MiB,
+            "ballooned_bytes": 0,
+            "foreign_bytes": 0,
+            "lost": None,
+        }
+    ]
+    assert (before["device"], a["device"]) == (None, device.name)
     assert device.process_bytes(a["pid"]) == 81 * MiB
 
 
@@ -78,8 +84,7 @@ async def test_two_models_of_one_name_are_refused(device: SimulatedDevice, tmp_p
     with pytest.raises(ConfigError):
         Manager(
             [model("a"), model("a")],
-            device,
-            device_bytes=1,
+            [(device, 1)],
             dram_bytes=0,
             runtime_dir=tmp_path,
             command_for=lambda spec: [],

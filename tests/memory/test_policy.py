@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mball.memory.look import Decision, Look, Standing
-from mball.memory.planner import Candidate
+from mball.memory.planner import Candidate, Move
 from mball.memory.policy import decide, image_drops, turn
 from mball.memory.settings import Settings
 from mball.memory.states import Process
@@ -169,22 +169,62 @@ def test_whose_requests_wait_gets_its_image_before_any_other() -> None:
 
 
 def test_an_idle_time_that_is_over_ends_a_stay() -> None:
-    assert on(0, awake("a", idle_left_s=0.0)).send == [("a", "not used for its keep_alive_s")]
+    assert on(0, awake("a", idle_left_s=0.0)).send == [Move("demote", "a", 50, "not used for its keep_alive_s")]
     assert on(0, awake("a", idle_left_s=0.0, pinned=True)).send == []
     early = on(0, awake("a", idle_left_s=7.0))
     assert (early.send, early.again_s) == ([], 7.0)
 
 
 def test_unloading_waits_for_those_inside() -> None:
-    assert on(0, awake("a", unload=True)).send == [("a", "unloaded on request")]
+    assert on(0, awake("a", unload=True)).send == [Move("demote", "a", 50, "unloaded on request")]
     assert on(0, awake("a", unload=True, in_flight=1)).gates == {"a"}
     assert on(0, asleep("a", queued=0, unload=True)).gone == ["a"]
 
 
 def test_one_that_holds_more_than_promised_gets_it_or_others_make_room() -> None:
     assert on(5, awake("a", over_bytes=5)).grow == ["a"]
-    assert [name for name, _ in on(0, awake("a", over_bytes=5), awake("idle", 1)).send] == ["idle"]
-    assert [name for name, _ in on(0, awake("a", over_bytes=5), awake("busy", 1, in_flight=1)).send] == ["a"]
+    assert [move.model for move in on(0, awake("a", over_bytes=5), awake("idle", 1)).send] == ["idle"]
+    assert [move.model for move in on(0, awake("a", over_bytes=5), awake("busy", 1, in_flight=1)).send] == ["a"]
+
+
+def test_what_others_took_is_given_up_by_the_idle_first() -> None:
+    models = awake("busy", 0, in_flight=1), awake("idle", 1), awake("kept", 2, pinned=True)
+    decision = on(0, *models, excess_bytes=30)
+    assert [(move.kind, move.model) for move in decision.send] == [("demote", "idle")]
+    assert decision.gates == set()
+    assert "30 B of what was promised are held by others" in decision.send[0].reason
+
+
+def test_where_the_idle_are_too_few_the_busy_are_drained_and_the_pinned_stay() -> None:
+    decision = on(0, awake("busy", 0, in_flight=1), awake("idle", 1), awake("kept", 2, pinned=True), excess_bytes=90)
+    assert [move.model for move in decision.send] == ["idle"]
+    assert decision.gates == {"busy"}
+    assert on(0, awake("kept", pinned=True), excess_bytes=90).send == []
+
+
+def test_a_busy_one_that_has_just_come_is_drained_once_its_swap_has_paid() -> None:
+    decision = on(0, awake("busy", in_flight=1, stay_s=0.1, min_stay_s=3.0), excess_bytes=10)
+    assert (decision.gates, decision.send) == (set(), [])
+    assert 0 < decision.again_s <= 0.4
+
+
+def test_sleeping_workers_go_too_where_others_took_all() -> None:
+    decision = on(0, asleep("a", queued=0), asleep("b", queued=0), excess_bytes=3)
+    assert [(move.kind, move.model) for move in decision.send] == [("stop", "a"), ("stop", "b")]
+
+
+def test_nothing_comes_while_more_is_promised_than_there_is() -> None:
+    decision = on(0, awake("kept", pinned=True), gone("b"), excess_bytes=10)
+    assert (decision.starts, decision.bring, decision.crowded) == ([], None, ["b"])
+
+
+def test_images_of_other_devices_may_go_and_their_reading_is_waited_for() -> None:
+    wanting = asleep("b", promote_s=9.0, source_s=9.0, image_wanted_bytes=40)
+    elsewhere = [Candidate("far", image_bytes=40, rate=0.001, source_s=1.0)]
+    [fill] = on(60, wanting, elsewhere=elsewhere).fills
+    assert (fill.model, [move.model for move in fill.drops]) == ("b", ["far"])
+    waits = on(60, wanting, elsewhere=elsewhere, reading=True)
+    assert (waits.fills, waits.bring) == ([], None)
 
 
 def test_a_preload_takes_nobodys_place() -> None:
@@ -228,7 +268,14 @@ def looks(draw: st.DrawFn) -> Look:
             )
         else:
             standings.append(gone(name, number, draw(st.sampled_from([0.1, 7.0]))))
-    return Look(draw(st.integers(0, 120)), tuple(standings), busy=draw(st.booleans()), starting=draw(st.integers(0, 2)))
+    excess = draw(st.sampled_from([0, 0, 10, 60]))
+    return Look(
+        0 if excess else draw(st.integers(0, 120)),
+        tuple(standings),
+        busy=draw(st.booleans()),
+        starting=draw(st.integers(0, 2)),
+        excess_bytes=excess,
+    )
 
 
 @settings(max_examples=1000, deadline=None)
@@ -240,7 +287,7 @@ def test_no_decision_promises_more_than_there_is_or_moves_what_is_in_use(look: L
     assert not (look.busy and (brought or decision.send))
     assert not (brought and decision.send)
     assert look.starting + len(decision.starts) <= max(RULES.max_starts, look.starting)
-    free = look.free_bytes - sum(start.nbytes for start in decision.starts)
+    free = look.free_bytes - look.excess_bytes - sum(start.nbytes for start in decision.starts)
     for bring in brought:
         free += sum(move.frees_bytes for move in bring.moves) - bring.nbytes
         for move in bring.moves:
@@ -250,10 +297,11 @@ def test_no_decision_promises_more_than_there_is_or_moves_what_is_in_use(look: L
             assert not victim.candidate.in_flight
             assert move.model != bring.model
     assert free >= 0 or not (brought or decision.starts)
-    for name, _ in decision.send:
-        assert not by_name[name].candidate.in_flight
+    for move in decision.send:
+        assert not by_name[move.model].candidate.in_flight
+        assert not by_name[move.model].candidate.pinned or by_name[move.model].unload
     begun = [bring.model for bring in (*brought, *decision.starts)]
     assert len(set(begun)) == len(begun)
     assert all(by_name[name].settled for name in begun)
-    moved = {move.model for bring in brought for move in bring.moves} | {name for name, _ in decision.send}
+    moved = {move.model for bring in brought for move in bring.moves} | {move.model for move in decision.send}
     assert not moved & {*begun, *decision.gates}

@@ -141,8 +141,7 @@ async def running(host: Host, device: SimulatedDevice, runtime_dir: Path) -> Asy
     slow = Knobs(weights_bytes=32 * MiB, kv_bytes=1 * MiB, promote_s=0.1)
     manager = Manager(
         [model(name, slow) for name in "abc"],
-        device,
-        device_bytes=device.total_bytes,
+        [(device, device.total_bytes)],
         dram_bytes=500 * MiB,
         runtime_dir=runtime_dir,
         command_for=lambda _: command(),

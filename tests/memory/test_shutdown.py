@@ -28,7 +28,7 @@ from tests.memory.conftest import QUICK, model
 
 async def main():
     device, knobs = SimulatedDevice(sys.argv[1]), eval(sys.argv[3])
-    manager = Manager([model("a", knobs), model("b")], device, device_bytes=device.total_bytes, dram_bytes=1 << 30,
+    manager = Manager([model("a", knobs), model("b")], [(device, device.total_bytes)], dram_bytes=1 << 30,
                       runtime_dir=Path(sys.argv[2]), command_for=lambda spec: command(), settings=QUICK)
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
@@ -150,7 +150,7 @@ async def test_closing_leaves_no_socket_no_descriptor_and_no_task(serve: Serve, 
     assert not await asyncio.to_thread(lambda: list(runtime_dir.glob("*.sock")))
     assert await asyncio.to_thread(lambda: len(list(Path("/proc/self/fd").iterdir()))) <= before
     assert asyncio.all_tasks() == {asyncio.current_task()}
-    assert running.manager.snapshot()["device"]["promised_bytes"] == 0
+    assert running.manager.snapshot()["devices"][0]["promised_bytes"] == 0
 
 
 async def test_a_second_daemon_is_refused_and_the_first_ones_sockets_stay(

@@ -5,8 +5,10 @@ import jsonschema
 import pytest
 import yaml
 
+from mball.device.cpu import CpuDevice
+from mball.device.simulated import SimulatedDevice
 from mball.errors import ConfigError
-from mball.server.catalog import model_spec
+from mball.server.catalog import budget, build_manager, model_spec
 from mball.server.config import json_schema, load_config
 from mball.units import GiB, MiB
 
@@ -34,6 +36,44 @@ def test_models_lie_beside_the_file_and_are_named_after_their_folder(tmp_path: P
     assert (second.path, second.name, second.kv_cache_memory_bytes) == (Path("/m/b"), "zed", 64 * MiB)
 
 
+def test_devices_are_one_name_or_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_config(write(tmp_path, "models: [a]")).device == ("cpu",)
+    assert load_config(write(tmp_path, "device: cuda")).device == ("cuda",)
+    assert load_config(write(tmp_path, "device: [cuda:0, cuda:GPU-1]")).device == ("cuda:0", "cuda:GPU-1")
+    monkeypatch.setenv("MBALL_DEVICE", "simulated:/a,b,simulated:/c")
+    assert load_config().device == ("simulated:/a,b", "simulated:/c")
+    assert load_config(None, {"device": ["cuda:0", "cuda:1"]}).device == ("cuda:0", "cuda:1")
+
+
+def test_a_model_may_be_served_on_one_device_alone(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    SimulatedDevice.create(tmp_path / "gpu", 1 * GiB)
+    text = f"device: simulated:{tmp_path}/gpu\nmodels: [a, {{path: b, device: 'simulated:{tmp_path}/gpu'}}]"
+    config = load_config(write(tmp_path, text))
+    anywhere, there = (model_spec(model, config) for model in config.models)
+    assert (anywhere.devices, there.devices) == ((), (f"simulated:{tmp_path}/gpu",))
+
+
+def test_a_model_whose_device_is_another_is_refused(tmp_path: Path) -> None:
+    for name in ("gpu", "other"):
+        SimulatedDevice.create(tmp_path / name, 1 * GiB)
+    text = f"device: simulated:{tmp_path}/gpu\nmodels: [{{path: b, device: 'simulated:{tmp_path}/other'}}]"
+    with pytest.raises(ConfigError, match=r"b: its device is simulated:.*/other, and those here are simulated:.*/gpu"):
+        build_manager(load_config(write(tmp_path, text)), tmp_path)
+
+
+def test_a_gpu_keeps_something_for_others() -> None:
+    class Gpu(CpuDevice):
+        name = "cuda:GPU-1"
+
+        def __init__(self, total_bytes: int) -> None:
+            self.total_bytes = total_bytes
+
+    assert budget(CpuDevice()) == 2 * GiB
+    assert budget(Gpu(80 * GiB)) == 80 * GiB - 80 * GiB // 32
+    assert budget(Gpu(8 * GiB)) == 8 * GiB - 512 * MiB
+
+
 def test_a_flag_replaces_the_models_of_the_file(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, "models: [a]\n"), {"models": [{"path": Path("here/b")}]})
     assert [str(model.path) for model in config.models] == ["here/b"]
@@ -51,6 +91,10 @@ def test_a_flag_replaces_the_models_of_the_file(tmp_path: Path) -> None:
         ("models: [{name: x}]", r"models\.0\.path"),
         ("device_memory_bytes: 3XB", "device_memory_bytes.*not a size"),
         ("device: tpu", "device"),
+        ("device: [cuda:0, tpu]", r"device\.1"),
+        ("device: []", "no device is named"),
+        ("device: [cpu, cuda:0]", "several kinds: cpu, cuda"),
+        ("models: [{path: a, device: tpu}]", r"models\.0\.device"),
         ("queue_timeout_s: .nan", "queue_timeout_s"),
         ("unknown: 1", "unknown"),
     ],

@@ -189,8 +189,7 @@ async def _serving(
     device = await asyncio.to_thread(_device, plan, folder)
     manager = Manager(
         models,
-        device,
-        device_bytes=plan.device_bytes,
+        [(device, plan.device_bytes)],
         dram_bytes=plan.dram_bytes,
         runtime_dir=folder,
         command_for=plan.command_for,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import psutil
 
 from mball.device import proc
+from mball.device.device import Foreign
 
 
 class CpuDevice:
@@ -23,3 +26,7 @@ class CpuDevice:
     def free_bytes(self) -> int:
         """What the kernel says can be had without swapping."""
         return int(psutil.virtual_memory().available)
+
+    def foreign(self, ours: Mapping[int, int]) -> Foreign:
+        """None: what others leave of host memory is the pressure watch's to see."""
+        return Foreign()

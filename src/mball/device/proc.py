@@ -12,13 +12,33 @@ def start_ticks(pid: int) -> int | None:
 
     None where it is gone or a zombie.
     """
+    fields = _stat(pid)
+    return None if fields is None else int(fields[19])
+
+
+def session(pid: int) -> int | None:
+    """The process's session; None where it is gone or a zombie."""
+    fields = _stat(pid)
+    return None if fields is None else int(fields[3])
+
+
+def command_name(pid: int) -> str:
+    """As the kernel calls it, 15 characters; `?` where it is gone."""
+    try:
+        return (PROC / str(pid) / "comm").read_text().strip() or "?"
+    except (FileNotFoundError, ProcessLookupError):
+        return "?"
+
+
+def _stat(pid: int) -> list[str] | None:
+    """The fields after the command's name, from the state on; None where the process is gone or a zombie."""
     try:
         text = (PROC / str(pid) / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The command's name stands in parentheses and may hold anything, parentheses too.
     fields = text.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+    return None if fields[0] in ("Z", "X") else fields
 
 
 def private_bytes(pid: int) -> int | None:

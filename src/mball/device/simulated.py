@@ -7,12 +7,13 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mball.device import proc
+from mball.device.device import Foreign, strangers
 from mball.errors import DeviceError, DeviceOutOfMemory
 
 _LOCK_S = 10.0
@@ -88,6 +89,9 @@ class SimulatedDevice:
     def free_bytes(self) -> int:
         with self._locked() as state:
             return state.total_bytes - state.used_bytes
+
+    def foreign(self, ours: Mapping[int, int]) -> Foreign:
+        return Foreign(strangers(self.holders(), ours))
 
     def attach(self, pid: int) -> None:
         """Charges the context of a process. Raises DeviceOutOfMemory."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import structlog
 
+from mball.device.device import Device
 from mball.memory.estimate import Estimate, estimate, revision
 from mball.memory.figures_store import FiguresStore, Kept
 from mball.memory.model import Model
 from mball.memory.settings import Settings
+from mball.memory.spec import WorkerSpec
 
 _log = structlog.get_logger(__name__)
 
@@ -21,9 +23,17 @@ _log = structlog.get_logger(__name__)
 class FiguresKeeper:
     """Files are read and written in threads, never on the loop. Without a folder nothing is kept."""
 
-    def __init__(self, models: Mapping[str, Model], device: str, folder: Path | None, settings: Settings) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        devices: Sequence[tuple[Device, int]],
+        folder: Path | None,
+        settings: Settings,
+    ) -> None:
+        """`devices`: each with its budget."""
         self._models = models
-        self._device = device
+        self._device = ",".join(device.name for device, _ in devices)
+        self._most_bytes = max((nbytes for _, nbytes in devices), default=0)
         self._store = None if folder is None else FiguresStore(folder)
         self._settings = settings
         self._revisions: dict[str, str] = {}
@@ -31,7 +41,7 @@ class FiguresKeeper:
 
     async def recall(self) -> None:
         """Each model's figures as they were, where it has not changed; else a first estimate from its files."""
-        specs = {m.name: dataclasses.replace(m.spec.worker, device=self._device) for m in self._models.values()}
+        specs = {m.name: self._served(m.spec.worker) for m in self._models.values()}
 
         def read() -> tuple[dict[str, str], dict[str, Estimate | None], dict[str, Kept]]:
             revisions = {name: revision(spec) for name, spec in specs.items()}
@@ -51,6 +61,11 @@ class FiguresKeeper:
             past_s = max(0.0, time.time() - found.saved_at)
             model.queue.rate.resume(found.rate, time.monotonic() - past_s)
         self._saved = self._marks()
+
+    def _served(self, spec: WorkerSpec) -> WorkerSpec:
+        # What it may take matters only to one that takes as much as it may.
+        most_bytes = self._most_bytes if spec.resident_layers == "auto" else None
+        return dataclasses.replace(spec, device=self._device, device_memory_bytes=most_bytes)
 
     async def run(self) -> None:
         """Until cancelled."""

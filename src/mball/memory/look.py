@@ -56,13 +56,20 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A device at one moment. `busy`: a transition is under way; `starting`: so many workers are."""
+    """A device at one moment. `busy`: a transition is under way; `starting`: so many workers are.
+
+    `excess_bytes` are promised of it and no longer there: others took them. `elsewhere`: models of other devices whose
+    images may go; `reading`: an image is filled for one of them.
+    """
 
     free_bytes: int
     standings: Sequence[Standing]
     busy: bool = False
     starting: int = 0
     dram_free_bytes: int = 0
+    excess_bytes: int = 0
+    elsewhere: Sequence[Candidate] = ()
+    reading: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +94,8 @@ class Fill:
 class Decision:
     """What to begin now; `again_s`: when to look again if nothing changes before.
 
-    `gates`: whose doors have to be shut, all others' are open. `grow`: promise these what they hold. `send`: demote
-    these, with the reason. `gone`: told to leave, and off the device. `forget`: no longer brought in without a request.
+    `gates`: whose doors have to be shut, all others' are open. `grow`: promise these what they hold. `send`: moves for
+    nobody's sake. `gone`: told to leave, and off the device. `forget`: no longer brought in without a request.
     `crowded`: no plan helps these. At most one of `bring` and `send` is set.
     """
 
@@ -101,4 +108,4 @@ class Decision:
     starts: list[Bring] = field(default_factory=list)
     fills: list[Fill] = field(default_factory=list)
     bring: Bring | None = None
-    send: list[tuple[str, str]] = field(default_factory=list)
+    send: list[Move] = field(default_factory=list)

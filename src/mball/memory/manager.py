@@ -13,9 +13,9 @@ from typing import Any
 import structlog
 
 from mball.device.device import Device
-from mball.device.lock import DeviceLock, lock_device
 from mball.errors import (
     ConfigError,
+    DeviceError,
     DeviceOutOfMemory,
     Draining,
     InvalidRequest,
@@ -26,22 +26,21 @@ from mball.errors import (
     VerbFailed,
 )
 from mball.memory.cores_keeper import CoresKeeper
+from mball.memory.devices import Devices
 from mball.memory.events import Event, Events
 from mball.memory.figures_keeper import FiguresKeeper
 from mball.memory.images import Images
-from mball.memory.lease import Lease
+from mball.memory.invariants import Books
 from mball.memory.ledger import Ledger
 from mball.memory.model import Model
 from mball.memory.nursery import Nursery
 from mball.memory.pressure_watch import Gauge, PressureWatch
-from mball.memory.process import WorkerProcess, log_path, log_tail
+from mball.memory.process import log_path, log_tail
 from mball.memory.queue import Ticket
-from mball.memory.sampler import Sampler
-from mball.memory.scheduler import Scheduler
 from mball.memory.settings import Settings
+from mball.memory.slot import Slot
 from mball.memory.spec import ModelSpec
 from mball.memory.states import Process
-from mball.memory.transition import Transitions
 from mball.units import format_bytes
 
 _log = structlog.get_logger(__name__)
@@ -50,21 +49,21 @@ _SHOWN = 20
 
 
 class Manager:
-    """Many models on one device. Everything runs on one asyncio loop, in whose thread workers are started too.
+    """Many models on one device or several. Everything runs on one asyncio loop, in whose thread workers are started
+    too.
 
-    `device_bytes` is what all workers may hold of the device together, `dram_bytes` what images may. `runtime_dir`
-    holds sockets, `log_dir` (by default inside it) a log per model, `state_dir` what is kept across restarts (None:
-    nothing is). `command_for` gives the command that starts a model's worker; `--control-fd N --spec JSON` is added to
-    it, `zygote_for` that of a zygote which can fork such workers (None: they start afresh). `runs_dir` holds the
-    records of this user's runs (None: the user's own place). `gauge` tells of the host's memory (None: the host's).
+    `devices`: each with what all workers may hold of it together; `dram_bytes`: what images may. `runtime_dir` holds
+    sockets, `log_dir` (by default inside it) a log per model, `state_dir` what is kept across restarts (None: nothing
+    is). `command_for` gives the command that starts a model's worker; `--control-fd N --spec JSON` is added to it,
+    `zygote_for` that of a zygote which can fork such workers (None: they start afresh). `runs_dir` holds the records of
+    this user's runs (None: the user's own place). `gauge` tells of the host's memory (None: the host's).
     """
 
     def __init__(
         self,
         models: Sequence[ModelSpec],
-        device: Device,
+        devices: Sequence[tuple[Device, int]],
         *,
-        device_bytes: int,
         dram_bytes: int,
         runtime_dir: Path,
         command_for: Callable[[ModelSpec], list[str]],
@@ -75,34 +74,46 @@ class Manager:
         settings: Settings | None = None,
         gauge: Gauge | None = None,
     ) -> None:
-        """Raises ConfigError for two models of one name."""
+        """Raises ConfigError for two models of one name, or a model whose device is not among them."""
         self._settings = settings or Settings()
         self.events = Events(told=self._look)
         self._cores: CoresKeeper | None = None
-        self._scheduler: Scheduler | None = None
         self._models = {
             spec.name: Model(spec, self._settings, number, self._wake) for number, spec in enumerate(models)
         }
         if len(self._models) != len(models):
             raise ConfigError("two models have one name")
-        self._device = device
         self._runtime_dir = runtime_dir
         self._log_dir = log_dir if log_dir is not None else runtime_dir / "logs"
-        self._ledger = Ledger(device.name, min(device_bytes, device.total_bytes))
+        self._devices = Devices(self._models, self._settings, self.events)
         self._images = Images(Ledger("dram", dram_bytes), self._settings, self.events, self._wake)
-        self._lease = Lease()
-        self._figures = FiguresKeeper(self._models, device.name, state_dir, self._settings)
-        if device.name == "cpu":
+        self._figures = FiguresKeeper(self._models, devices, state_dir, self._settings)
+        if any(device.name == "cpu" for device, _ in devices):
             self._cores = CoresKeeper(self._models, self._settings)
         self._pressure = PressureWatch(
             self._models, self._images, self.events, gauge or Gauge(), self._settings, self._wake
         )
-        self._sampler: Sampler | None = None
-        self._command_for = command_for
         zygotes = {tuple(command_for(spec)): line for spec in models if (line := zygote_for(spec)) is not None}
         self._nursery = Nursery(zygotes, self._settings, runs_dir, self._log_dir)
-        self._lock: DeviceLock | None = None
-        self._transitions: Transitions | None = None
+        self._devices.settle(
+            [
+                Slot(
+                    device,
+                    nbytes,
+                    self._devices,
+                    self._images,
+                    self._settings,
+                    self.events,
+                    self._runtime_dir,
+                    self._log_dir,
+                    command_for,
+                    self._nursery,
+                )
+                for device, nbytes in devices
+            ]
+        )
+        self._books = Books(self._models, self._devices, self._images.ledger, self.events)
+        self._claimed = self._started = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -111,59 +122,39 @@ class Manager:
     async def start(self) -> None:
         """Begins to serve; models marked `preload` are brought in where there is room.
 
-        Raises DeviceInUse where another daemon has the device, OSError.
+        Raises DeviceInUse where another daemon has one of the devices, OSError.
         """
         await asyncio.to_thread(self.claim)
         await self._nursery.open()
         await self._figures.recall()
-        self._transitions = Transitions(
-            self._device,
-            self._ledger,
-            self._images,
-            self._settings,
-            self.events,
-            self._runtime_dir,
-            self._log_dir,
-            self._command_for,
-            self._worker_exited,
-            self._nursery.launch,
-        )
-        self._scheduler = Scheduler(
-            self._models,
-            self._device,
-            self._ledger,
-            self._images,
-            self._transitions,
-            self._lease,
-            self._settings,
-            self.events,
-        )
-        self._sampler = Sampler(
-            self._models,
-            self._ledger,
-            self._images,
-            self._transitions,
-            self._lease,
-            self._settings,
-            self.events,
-            self._wake,
-        )
-        self._spawn(self._scheduler.run(), "scheduler")
-        self._spawn(self._sampler.run(), "sampler")
+        self._started = True
+        for slot in self._devices:
+            self._spawn(slot.scheduler.run(), f"scheduler of {slot.name}")
+            self._spawn(slot.sampler.run(), f"sampler of {slot.name}")
+            _log.info("device", device=slot.name, budget_bytes=slot.ledger.total_bytes)
+        self._spawn(self._books.run(self._settings.sample_s), "books")
         self._spawn(self._pressure.run(), "pressure")
         self._spawn(self._figures.run(), "figures")
         if self._cores is not None:
             self._spawn(self._cores.run(), "cores")
-        _log.info("memory manager started", device=self._device.name, device_bytes=self._ledger.total_bytes)
+        _log.info("memory manager started", devices=len(self._devices))
 
     def claim(self) -> None:
-        """Makes the folders, and takes the device for this daemon; `start` does where it was not done before.
+        """Makes the folders, and takes the devices for this daemon; `start` does where it was not done before.
 
-        Blocks for a moment. Raises DeviceInUse where another daemon has it, DeviceError, OSError.
+        Blocks for a moment. Raises DeviceInUse where another daemon has one, DeviceError, OSError; then it takes none.
         """
-        if self._lock is None:
-            _make_private(self._runtime_dir, self._log_dir)
-            self._lock = lock_device(self._device.name, self._runtime_dir)
+        if self._claimed:
+            return
+        _make_private(self._runtime_dir, self._log_dir)
+        try:
+            for slot in self._devices:
+                slot.claim()
+        except DeviceError:
+            for slot in self._devices:
+                slot.release()
+            raise
+        self._claimed = True
 
     def names(self) -> list[str]:
         return list(self._models)
@@ -223,19 +214,20 @@ class Manager:
 
         Raises UnknownModel, InvalidRequest where it can't do without so much, TransitionError.
         """
-        model, transitions = self._model(name), self._transitions
+        model = self._model(name)
         kv_bytes = model.needs.kv_bytes if model.needs is not None else nbytes + 1
         if nbytes < 0 or (nbytes and nbytes >= kv_bytes):
             most = f"its KV pool has {format_bytes(kv_bytes)}, which are not to be given up whole"
             raise InvalidRequest(f"{name}: {format_bytes(nbytes)} for the balloon: {most}", param="bytes")
         before, model.balloon_bytes = model.balloon_bytes, nbytes
-        if transitions is None or not model.on_device:
+        if not model.on_device:
             self.events.record("balloon set", name, "from the next promotion on", balloon_bytes=nbytes)
             return
+        slot = self._devices.of(model)
         try:
-            async with asyncio.timeout(self._settings.drain_s), self._lease.hold() as epoch:
+            async with asyncio.timeout(self._settings.drain_s), slot.lease.hold() as epoch:
                 if model.on_device:
-                    await transitions.set_balloon(model, nbytes, epoch, "asked for by hand")
+                    await slot.transitions.set_balloon(model, nbytes, epoch, "asked for by hand")
         except DeviceOutOfMemory as error:
             self.events.record("balloon set", name, f"its memory comes back once there is room: {error}")
         except VerbFailed as error:
@@ -262,15 +254,18 @@ class Manager:
             return 1.0
         now = time.monotonic()
         start_s = (model.figures.start_s.value or 0.0) if model.worker is None else 0.0
-        stays = [m.stay_s() - (now - m.opened_s) for m in self._models.values() if m.on_device and m is not model]
+        beside = [m for m in self._devices.of(model).models.values() if m.on_device and m is not model]
+        stays = [m.stay_s() - (now - m.opened_s) for m in beside]
         return float(math.ceil(max(1.0, start_s + model.promote_s + max(0.0, *stays, 0.0), model.not_before_s - now)))
 
     def not_ready(self) -> str | None:
         """Why requests should not be sent here; None where they should."""
         if self._draining.is_set():
             return "shutting down"
-        if self._scheduler is None:
+        if not self._started:
             return "not started"
+        if all(slot.lost is not None for slot in self._devices):
+            return "no device answers"
         models = self._models.values()
         if models and all(model.state.process is Process.FAILED for model in models):
             return "every model has failed"
@@ -281,13 +276,7 @@ class Manager:
         models = list(self._models.values())
         return {
             "models": [self._shown(model) for model in models],
-            "device": {
-                "name": self._device.name,
-                "total_bytes": self._ledger.total_bytes,
-                "promised_bytes": self._ledger.promised_bytes,
-                "measured_bytes": sum(model.measured_bytes for model in models),
-                "ballooned_bytes": sum(model.ballooned_bytes for model in models if model.on_device),
-            },
+            "devices": [slot.snapshot() for slot in self._devices],
             "dram": {
                 "total_bytes": self._images.ledger.total_bytes,
                 "limit_bytes": self._images.ledger.limit_bytes,
@@ -295,7 +284,7 @@ class Manager:
                 "pressure": self._pressure.snapshot(),
             },
             "events": [self._told(event) for event in self.events.recent(_SHOWN)],
-            "books_wrong": self._sampler.check() if self._sampler is not None else [],
+            "books_wrong": self._books.check(),
             "promotions": sum(model.counters.promotions for model in models),
             "demotions": sum(model.counters.demotions for model in models),
             "crashes": sum(model.counters.crashes for model in models),
@@ -351,18 +340,18 @@ class Manager:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._figures.save()
-        if self._scheduler is not None:
-            await self._scheduler.close()
-        if self._transitions is not None:
-            stops = [self._transitions.stop(model, "shutting down") for model in models]
-            for error in await asyncio.gather(*stops, return_exceptions=True):
-                if error is not None:
-                    _log.error("worker not stopped", error=str(error))
+        await asyncio.gather(*(slot.scheduler.close() for slot in self._devices))
+        stops = [self._devices.of(model).transitions.stop(model, "shutting down") for model in models]
+        for error in await asyncio.gather(*stops, return_exceptions=True):
+            if error is not None:
+                _log.error("worker not stopped", error=str(error))
         await self._images.close(models)
         await self._nursery.close()
-        if self._lock is not None:  # else the folder is another's
+        if self._claimed:  # else the folder is another's
             await asyncio.to_thread(_remove_sockets, self._runtime_dir)
-            self._lock.release()
+            for slot in self._devices:
+                slot.release()
+            self._claimed = False
         _log.info("memory manager closed")
 
     def _model(self, name: str) -> Model:
@@ -395,8 +384,7 @@ class Manager:
             raise QueueTimeout(str(timeout), retry_after_s=self.retry_after_s(model.name)) from None
 
     def _wake(self) -> None:
-        if self._scheduler is not None:
-            self._scheduler.wake()
+        self._devices.wake()
         self._look()
 
     def _look(self) -> None:
@@ -406,7 +394,9 @@ class Manager:
 
     def _shown(self, model: Model) -> dict[str, Any]:
         last = self.events.last(model.name)
-        return {**model.snapshot(self._ledger.held(model.name)), "last_event": self._told(last)}
+        slot = self._devices.of(model)
+        device = slot.name if model.state.process is not Process.GONE else None
+        return {**model.snapshot(slot.ledger.held(model.name)), "device": device, "last_event": self._told(last)}
 
     def _told(self, event: Event | None) -> dict[str, Any] | None:
         return None if event is None else {"id": self.events.id_of(event), **event.as_dict()}
@@ -415,10 +405,6 @@ class Manager:
         task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _worker_exited(self, model: Model, worker: WorkerProcess) -> None:
-        if self._scheduler is not None:
-            self._scheduler.worker_exited(model, worker)
 
 
 def _draining() -> Draining:

@@ -124,6 +124,14 @@ class Model:
         return max(0, most - ballooned)
 
     @property
+    def certain_bytes(self) -> int:
+        """What it needs at the least: as `needed_bytes`, but of an estimate only what files and options say."""
+        needs = self.needs
+        if needs is None or self.known_from != "estimate":
+            return self.needed_bytes
+        return max(0, needs.weights_bytes + needs.kv_bytes - self.balloon_bytes)
+
+    @property
     def movable_bytes(self) -> int:
         """What a demotion unmaps: its weights and the KV pool, less what the balloon has."""
         needs = self.needs

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 from mball.memory.look import Bring, Decision, Fill, Look, Standing
-from mball.memory.planner import Candidate, Demand, Move, Snapshot, next_change_s, plan
+from mball.memory.planner import Candidate, Demand, Move, Snapshot, may_leave, next_change_s, plan
 from mball.memory.settings import Settings
 from mball.memory.states import Process
 from mball.units import format_bytes
@@ -56,7 +56,11 @@ class _Round:
         self._busy = look.busy
         self._starting = look.starting
         self._dram_free_bytes = look.dram_free_bytes
-        self._free_bytes = look.free_bytes - sum(s.lacking_bytes for s in look.standings if s.arriving)
+        coming_bytes = sum(s.lacking_bytes for s in look.standings if s.arriving)
+        self._free_bytes = look.free_bytes - look.excess_bytes - coming_bytes
+        self._excess_bytes = look.excess_bytes
+        self._elsewhere = look.elsewhere
+        self._reading = look.reading
         self._taken: set[str] = set()
         self._again: list[float] = []
         self._out = Decision(0.0)
@@ -78,9 +82,11 @@ class _Round:
         return self._out
 
     def _send_away(self) -> None:
-        """What is to leave for its own sake."""
+        """What is to leave for its own sake, or because others took what was promised."""
+        if self._excess_bytes > 0:
+            self._yield(self._excess_bytes)
         for s in self._standings:
-            if not s.settled:
+            if not s.settled or s.name in self._taken:
                 continue
             reason = None
             if s.unload:
@@ -98,7 +104,22 @@ class _Round:
             if s.candidate.in_flight:
                 self._out.gates.add(s.name)
             elif not self._busy:
-                self._send([(s.name, reason)])
+                self._send([Move("demote", s.name, s.candidate.demote_bytes, reason)])
+
+    def _yield(self, nbytes: int) -> None:
+        """Idle ones go first, then busy ones are drained; where even that is too little, all that can goes."""
+        snapshot, demand = replace(self._snapshot(), free_bytes=0), Demand("", nbytes, float("inf"), 0.0)
+        able = [c for c in snapshot.candidates if not c.pinned and (c.demote_bytes <= 0 or may_leave(c, demand))]
+        most = sum(c.demote_bytes + c.stop_bytes for c in able)
+        moves = plan(snapshot, replace(demand, nbytes=min(nbytes, most))) or []
+        change = next_change_s(snapshot, demand)
+        self._again += [] if change is None or most >= nbytes else [change]
+        drained = [move for move in moves if move.kind == "drain"]
+        self._out.gates |= {move.model for move in drained}
+        self._taken |= {move.model for move in drained}
+        why = f"{format_bytes(nbytes)} of what was promised are held by others"
+        if not self._busy and (leaving := [move for move in moves if move.kind != "drain"]):
+            self._send([replace(move, reason=f"{why}: {move.reason}") for move in leaving])
 
     def _relieve(self, s: Standing) -> str | None:
         """It holds more than it was promised: promise it, make room for it, or else it has to leave."""
@@ -111,13 +132,13 @@ class _Round:
         if moves is None or any(move.kind in ("drain", "balloon") for move in moves):
             return f"{why}, and nothing idle can make room"
         if not self._busy:
-            self._send([(move.model, why) for move in moves])
+            self._send([replace(move, reason=f"{why}: {move.reason}") for move in moves])
         return None
 
-    def _send(self, leaving: list[tuple[str, str]]) -> None:
+    def _send(self, leaving: list[Move]) -> None:
         self._out.send = leaving
         self._busy = True
-        self._taken |= {name for name, _ in leaving}
+        self._taken |= {move.model for move in leaving}
 
     def _serve(self, s: Standing) -> None:
         """Begins to bring one in whose requests wait, or keeps what it will need."""
@@ -180,11 +201,11 @@ class _Round:
         if not s.image_wanted_bytes or c.image_bytes or c.promote_s <= self._settings.hold_s:
             return False
         reading = bool(self._out.fills) or any(other.filling and other.queued for other in self._standings)
-        return reading or self._fill(s)
+        return self._reading or reading or self._fill(s)
 
     def _fill_ahead(self) -> None:
         """Nobody waits, and nothing is read: the image that would save most, where those that go save far less."""
-        if self._out.fills or any(s.filling for s in self._standings):
+        if self._reading or self._out.fills or any(s.filling for s in self._standings):
             return
         lacking = [s for s in self._standings if s.image_wanted_bytes and s.process is Process.ALIVE and s.settled]
         hopeful = [s for s in lacking if s.candidate.rate > 0 and s.name not in self._taken]
@@ -202,7 +223,8 @@ class _Round:
         return True
 
     def _images(self) -> list[Candidate]:
-        return [s.candidate for s in self._standings if s.settled and not s.filling and s.name not in self._taken]
+        here = [s.candidate for s in self._standings if s.settled and not s.filling]
+        return [c for c in (*here, *self._elsewhere) if c.name not in self._taken]
 
     def _snapshot(self) -> Snapshot:
         movable = (

@@ -5,26 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Mapping
-from typing import Any
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from mball.device.device import Device
 from mball.errors import (
+    DeviceError,
     DeviceOutOfMemory,
     MballError,
     ModelDoesNotFit,
     ModelFailed,
     TransitionError,
+    Unavailable,
     VerbFailed,
     WorkerDied,
     WorkerNotStarted,
 )
 from mball.memory.events import Events
 from mball.memory.images import Images
-from mball.memory.lease import Lease
-from mball.memory.ledger import Ledger
 from mball.memory.look import Bring, Look, Standing
 from mball.memory.model import Model
 from mball.memory.planner import Move
@@ -32,8 +31,12 @@ from mball.memory.policy import decide
 from mball.memory.process import WorkerProcess
 from mball.memory.settings import Settings
 from mball.memory.states import Process
-from mball.memory.transition import Transitions, does_not_fit
+from mball.memory.transition import does_not_fit
 from mball.units import format_bytes
+
+if TYPE_CHECKING:
+    from mball.memory.devices import Devices
+    from mball.memory.slot import Slot
 
 _log = structlog.get_logger(__name__)
 _HEARTBEAT_S = 5.0
@@ -42,23 +45,14 @@ _HEARTBEAT_S = 5.0
 class Scheduler:
     """One loop over all models of a device. It never waits for a move: moves are tasks, and `wake` tells of changes."""
 
-    def __init__(
-        self,
-        models: Mapping[str, Model],
-        device: Device,
-        ledger: Ledger,
-        images: Images,
-        transitions: Transitions,
-        lease: Lease,
-        settings: Settings,
-        events: Events,
-    ) -> None:
-        self._models = models
-        self._device = device
-        self._ledger = ledger
+    def __init__(self, slot: Slot, devices: Devices, images: Images, settings: Settings, events: Events) -> None:
+        self._slot = slot
+        self._devices = devices
+        self._models = slot.models
+        self._ledger = slot.ledger
+        self._transitions = slot.transitions
+        self._lease = slot.lease
         self._images = images
-        self._transitions = transitions
-        self._lease = lease
         self._settings = settings
         self._events = events
         self._wake = asyncio.Event()
@@ -67,6 +61,11 @@ class Scheduler:
         self._begun = False
         self._filling: set[str] = set()
         self._unfilled: set[str] = set()
+
+    @property
+    def filling(self) -> bool:
+        """Whether an image is being filled."""
+        return bool(self._filling)
 
     def wake(self) -> None:
         self._wake.set()
@@ -89,10 +88,14 @@ class Scheduler:
 
     def _step(self, now: float) -> float:
         """Begins what can begin now. Returns in how many seconds to look again if nothing changes before."""
+        self._devices.gather(now)
         wanting = [m for m in self._models.values() if len(m.queue) or m.wanted]
         for model in wanting:
-            if model.settled and not model.on_device and model.not_before_s <= now:
-                self._give_up_if_hopeless(model)
+            if self._slot.lost is not None and model.settled and not model.on_device:
+                why = f"{model.name}: its device does not answer: {self._slot.lost}"
+                self._refuse(model, ModelFailed, why, self._settings.cool_down_s)
+            elif model.settled and not model.on_device and model.not_before_s <= now:
+                self._give_up_if_hopeless(model, now)
         decision = decide(self._look(now), self._settings)
         for name in decision.gone:
             self._went(self._models[name])
@@ -101,14 +104,14 @@ class Scheduler:
         for name in decision.forget:
             self._models[name].wanted = False
         for name in decision.crowded:
-            self._refuse_if_pinned_out(self._models[name])
+            self._refuse_if_it_never_fits(self._models[name])
         for start in decision.starts:
             self._launch(self._models[start.model], start.nbytes)
         for fill in decision.fills:
             self._fill(self._models[fill.model], now, decided=True)
         if decision.send:
-            victims = [(self._models[name], reason) for name, reason in decision.send]
-            self._begin(self._demote(victims), [model for model, _ in victims])
+            leaving = [self._models[move.model] for move in decision.send if move.kind != "balloon"]
+            self._begin(self._send(decision.send), leaving)
         if decision.bring is not None:
             model = self._models[decision.bring.model]
             model.arriving = True
@@ -124,11 +127,14 @@ class Scheduler:
             busy=self._begun or self._lease.busy,
             starting=self._starting,
             dram_free_bytes=self._images.ledger.free_bytes,
+            excess_bytes=self._ledger.excess_bytes,
+            elsewhere=self._devices.elsewhere(self._slot),
+            reading=self._devices.reading(self._slot),
         )
 
     def _standing(self, model: Model, now: float) -> Standing:
         held, hello, keep_alive_s = self._ledger.held(model.name), model.hello, model.spec.keep_alive_s
-        context_bytes = model.context_bytes or self._device.context_bytes
+        context_bytes = model.context_bytes or self._slot.device.context_bytes
         fills = model.image is None and hello is not None and model.name not in self._unfilled
         return Standing(
             model.candidate(held),
@@ -152,16 +158,29 @@ class Scheduler:
             filling=model.name in self._filling,
         )
 
-    def _give_up_if_hopeless(self, model: Model) -> None:
-        """What no plan can help: too many failures, too large, or a worker that can't be stopped."""
+    def _give_up_if_hopeless(self, model: Model, now: float) -> None:
+        """What no plan here can help: too many failures, too large, better off elsewhere, or a worker that can't be
+        stopped."""
         match model.state.process:
             case Process.GONE if model.crashes_in_row >= self._settings.start_attempts:
                 self._fail(model, f"{model.name}: {model.crashes_in_row} failures in a row, the last: {model.error}")
+            case Process.GONE if model.certain_bytes > (most := self._devices.most_bytes(model)):
+                self._fail(model, does_not_fit(model, most), fits=False)
             case Process.ALIVE if model.needed_bytes > self._ledger.total_bytes:
-                self._fail(model, does_not_fit(model, self._ledger.total_bytes), fits=False)
+                if model.needed_bytes > (most := self._devices.most_bytes(model)):
+                    self._fail(model, does_not_fit(model, most), fits=False)
+                else:
+                    self._leave(model, "it is too large for this device, and another has room")
+            case Process.ALIVE if (better := self._devices.better(model, now)) is not None:
+                self._leave(model, f"a start on {better.name} serves it sooner")
             case Process.STOPPING:
                 model.not_before_s = time.monotonic() + self._settings.cool_down_s
                 self._spawn(self._transitions.stop(model, "it could not be stopped before"), f"stop {model.name}")
+
+    def _leave(self, model: Model, why: str) -> None:
+        """Its worker ends, so that it can be placed anew."""
+        if not self._begun and not self._lease.busy and model.name not in self._filling:
+            self._begin(self._transitions.stop(model, why), [model])
 
     def _went(self, model: Model) -> None:
         if model.unload is not None:
@@ -171,7 +190,7 @@ class Scheduler:
     def _fill(self, model: Model, now: float, *, decided: bool) -> None:
         """Others go on switching meanwhile. Where a decided one comes to nothing, the next promotion is from the
         source."""
-        task = None if model.name in self._filling else self._images.keep(model, self._models.values(), now)
+        task = None if model.name in self._filling else self._images.keep(model, self._devices.models, now)
         if task is not None:
             self._filling.add(model.name)
             task.add_done_callback(lambda _: self._filled(model, decided))
@@ -191,8 +210,10 @@ class Scheduler:
     async def _start(self, model: Model) -> None:
         try:
             await self._transitions.start(model)
-        except ModelDoesNotFit as error:
-            self._fail(model, str(error), fits=False)
+        except ModelDoesNotFit:
+            # On a larger device it may fit: the next step places it anew.
+            if model.certain_bytes > (most := self._devices.most_bytes(model)):
+                self._fail(model, does_not_fit(model, most), fits=False)
         except WorkerNotStarted as error:
             model.error = str(error)
             if error.final:
@@ -302,17 +323,28 @@ class Scheduler:
         model.queue.refuse(failure)
         self._events.record("failed", model.name, why, level="error", cool_down_s=cool_down_s)
 
-    def _refuse_if_pinned_out(self, model: Model) -> None:
+    def _refuse_if_it_never_fits(self, model: Model) -> None:
+        """Whatever is moved: what is pinned stays, and so does what others hold."""
         alive = model.state.process is Process.ALIVE
-        wanted = model.needed_bytes if alive else model.context_bytes or self._device.context_bytes
+        wanted = model.needed_bytes if alive else model.context_bytes or self._slot.device.context_bytes
         nbytes = wanted - self._ledger.held(model.name)
         pinned = {m.name: self._ledger.held(m.name) for m in self._models.values() if m.pinned and m is not model}
-        left = self._ledger.total_bytes - sum(pinned.values()) - self._ledger.held(model.name)
-        if nbytes > left:
-            names = ", ".join(name for name, held in pinned.items() if held)
-            lacks = f"{model.name}: needs {format_bytes(nbytes)} more, but {format_bytes(left)} are left beside pinned"
-            model.queue.refuse(lambda: ModelDoesNotFit(f"{lacks} {names}: unpin one"))
-            model.wanted = False
+        left = self._ledger.limit_bytes - sum(pinned.values()) - self._ledger.held(model.name)
+        if nbytes <= left:
+            return
+        names = [name for name, held in pinned.items() if held]
+        beside, ways = ([f"pinned {', '.join(names)}"], ["unpin one"]) if names else ([], [])
+        if foreign_bytes := self._ledger.total_bytes - self._ledger.limit_bytes:
+            beside.append(f"{format_bytes(foreign_bytes)} that other processes hold")
+            ways.append("end those")
+        lacks = f"{model.name}: needs {format_bytes(nbytes)} more, but {format_bytes(max(0, left))} are left beside"
+        retry_after_s = self._settings.cool_down_s if foreign_bytes else None
+        self._refuse(model, ModelDoesNotFit, f"{lacks} {' and '.join(beside)}: {' or '.join(ways)}", retry_after_s)
+
+    def _refuse(self, model: Model, kind: type[Unavailable], why: str, retry_after_s: float | None) -> None:
+        """Those that wait now: it may come another time."""
+        model.queue.refuse(lambda: kind(why, retry_after_s=retry_after_s))
+        model.wanted = False
 
     def _gate(self, gates: set[str], now: float) -> None:
         """Shuts the doors that have to be shut for a drain, and opens those that no longer have to."""
@@ -331,10 +363,10 @@ class Scheduler:
                 model.gated_s = None
                 model.queue.open(model.worker.spec.socket_path)
 
-    async def _demote(self, victims: list[tuple[Model, str]]) -> None:
+    async def _send(self, moves: list[Move]) -> None:
         async with self._lease.hold() as epoch:
-            for victim, reason in victims:
-                await self._transitions.demote(victim, epoch, reason)
+            for move in moves:
+                await self._execute(move, epoch, move.reason)
 
     def _begin(self, work: Coroutine[Any, Any, None], models: list[Model]) -> None:
         """A transition of these models: one at a time, decided here and now, so nobody enters a victim meanwhile."""
@@ -353,7 +385,8 @@ class Scheduler:
                 if model.on_device and worker is not None and model.worker is worker and not worker.exited.is_set():
                     model.queue.open(worker.spec.socket_path)
 
-        self._spawn(work, f"transition of {models[0].name}").add_done_callback(ended)
+        names = ", ".join(model.name for model in models) or "balloons"
+        self._spawn(work, f"transition of {names}").add_done_callback(ended)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
@@ -365,7 +398,7 @@ class Scheduler:
         self._tasks.discard(task)
         self._wake.set()
         error = None if task.cancelled() else task.exception()
-        if isinstance(error, TransitionError):
+        if isinstance(error, (TransitionError, DeviceError)):
             _log.error("move failed", move=task.get_name(), error=str(error))
         elif error is not None:
             _log.error("move failed", move=task.get_name(), exc_info=error)

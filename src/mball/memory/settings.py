@@ -20,7 +20,7 @@ class Settings:
     Images leave `host_reserve_bytes` of host memory to others (None: by the host's size), looked at every `pressure_s`
     at least, and come back once it was enough for `calm_s`. What a balloon took for others comes back once there was
     room for it for `deflate_s`. A model counts as computing for `active_s` after its last request. Figures are kept
-    every `save_s` where there is a folder for them.
+    every `save_s` where there is a folder for them. What others hold of a device is looked at every `foreign_s`.
     """
 
     max_queue: int = 1024
@@ -55,6 +55,7 @@ class Settings:
     first_rate: float = 1.0 * GiB
     sample_s: float = 0.25
     idle_sample_s: float = 5.0
+    foreign_s: float = 1.0
     rate_window_s: float = 1200.0
     log_bytes: int = 8 * MiB
     host_reserve_bytes: int | None = None

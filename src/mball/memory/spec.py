@@ -17,7 +17,9 @@ class WorkerSpec:
 
     `device` is `cpu`, `cuda:GPU-uuid`, or `simulated:PATH` (a simulated device whose state is at PATH); the manager
     sets it and `socket_path` when it starts the worker. `kv_cache_bytes` is the size of the KV pool; None lets the
-    worker choose it from `max_num_seqs` and `max_model_len`.
+    worker choose it from `max_num_seqs` and `max_model_len`. `resident_layers` stay on the device while the others are
+    streamed through it: as many as fit (`auto`), a number, or None for a model that is never streamed.
+    `device_memory_bytes` is what `auto` may take in all (None: there is no limit).
     """
 
     model: str
@@ -34,6 +36,8 @@ class WorkerSpec:
     max_logprobs: int = 20
     threads: int = 2
     trust_remote_code: bool = False
+    resident_layers: int | Literal["auto"] | None = None
+    device_memory_bytes: int | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -59,6 +63,7 @@ class ModelSpec:
     `keep_alive_s`: demoted after so long without a request (None: only to make room). `working_bytes`: device bytes
     beside weights and KV, until they are measured (None: a first guess from the weights). `max_in_flight`: requests
     handed to the worker at once (None: twice `max_num_seqs`); the rest wait here, so that a stay can be ended.
+    `devices`: the names of those that it may go to (none: any).
     `environment` is added to the worker's.
     """
 
@@ -69,6 +74,7 @@ class ModelSpec:
     keep_alive_s: float | None = None
     working_bytes: int | None = None
     max_in_flight: int | None = None
+    devices: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -359,24 +359,28 @@ class Transitions:
         path = self._folder / f"{model.number}-{model.generation}.sock"
         if len(str(path)) > _SOCKET_PATH_BYTES:
             raise ConfigError(f"{path}: too long for a unix socket ({_SOCKET_PATH_BYTES} bytes); name a shorter folder")
-        return dataclasses.replace(model.spec.worker, socket_path=str(path), device=self._device.name)
+        return dataclasses.replace(
+            model.spec.worker,
+            socket_path=str(path),
+            device=self._device.name,
+            device_memory_bytes=self._ledger.total_bytes,
+        )
 
     def _log_of(self, model: Model) -> Path:
         return log_path(self._log_folder, model.name)
 
 
 def does_not_fit(model: Model, total_bytes: int) -> str:
-    hello, needed = model.hello, model.needed_bytes
+    needs, needed = model.needs, model.certain_bytes
     parts = ""
-    if hello is not None:
-        rest = needed - hello.weights_bytes - hello.kv_bytes
-        parts = (
-            f" (weights {format_bytes(hello.weights_bytes)}, KV {format_bytes(hello.kv_bytes)}, "
-            f"other {format_bytes(rest)})"
-        )
+    if needs is not None:
+        rest = needed - needs.weights_bytes - needs.kv_bytes
+        other = f", other {format_bytes(rest)}" if rest > 0 else ""
+        parts = f" (weights {format_bytes(needs.weights_bytes)}, KV {format_bytes(needs.kv_bytes)}{other})"
+    least = " at least" if model.known_from == "estimate" else ""
     return (
-        f"{model.name}: needs {format_bytes(needed)}{parts}, the device's budget is {format_bytes(total_bytes)} in "
-        "all: raise the budget, or lower max_model_len, max_num_seqs or the KV pool"
+        f"{model.name}: needs{least} {format_bytes(needed)}{parts}, the device's budget is {format_bytes(total_bytes)} "
+        "in all: raise the budget, or lower max_model_len, max_num_seqs or the KV pool"
     )
 
 

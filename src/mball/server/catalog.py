@@ -7,13 +7,16 @@ import os
 import sys
 from pathlib import Path
 
-from mball.device.device import open_device
+from mball.device.device import Device, open_devices
 from mball.device.simulated import SimulatedDevice
 from mball.memory.manager import Manager
 from mball.memory.settings import Settings
 from mball.memory.spec import ModelSpec, Task, WorkerSpec
 from mball.server.config import Config, ModelConfig
+from mball.units import GiB, MiB
 
+_CPU_BYTES = 2 * GiB
+_LEAST_RESERVE = 512 * MiB
 _POOLING = "1_Pooling/config.json"
 _ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "nomic_bert", "modernbert"})
 
@@ -23,13 +26,13 @@ def build_manager(config: Config, runtime_dir: Path) -> Manager:
 
     A model whose folder is defective is served all the same: asking for it gives the reason.
     """
-    kind, _, state = config.device.partition(":")
-    if kind == "simulated" and not Path(state).exists():
-        SimulatedDevice.create(state, config.device_memory_bytes)
+    for name in config.device:
+        kind, _, state = name.partition(":")
+        if kind == "simulated" and not Path(state).exists():
+            SimulatedDevice.create(state, config.device_memory_bytes or _CPU_BYTES)
     return Manager(
         [model_spec(model, config) for model in config.models],
-        open_device(config.device),
-        device_bytes=config.device_memory_bytes,
+        [(device, config.device_memory_bytes or budget(device)) for device in open_devices(config.device)],
         dram_bytes=config.dram_bytes,
         runtime_dir=runtime_dir,
         state_dir=config.state_dir or state_dir(),
@@ -38,6 +41,13 @@ def build_manager(config: Config, runtime_dir: Path) -> Manager:
         zygote_for=_zygote,
         settings=settings(config),
     )
+
+
+def budget(device: Device) -> int:
+    """What models may hold of a device where nobody says. Of a GPU something is left to the driver and to others."""
+    if not device.name.startswith("cuda:"):
+        return _CPU_BYTES
+    return device.total_bytes - max(device.total_bytes // 32, _LEAST_RESERVE)
 
 
 def settings(config: Config) -> Settings:
@@ -81,6 +91,7 @@ def model_spec(model: ModelConfig, config: Config) -> ModelSpec:
         preload=model.preload,
         priority=model.priority,
         keep_alive_s=model.keep_alive_s,
+        devices=tuple(device.name for device in open_devices(model.device)),
     )
 
 

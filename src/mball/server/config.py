@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -22,6 +24,24 @@ from mball.units import GiB, MiB, parse_bytes
 
 _SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}], "examples": ["1.5GiB", "512MiB"]}
 ConfigSize = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema(_SIZE_SCHEMA)]
+
+
+def _split(names: Any) -> Any:
+    """A name, several with commas between them, or a list."""
+    return re.split(r",(?=cpu\b|cuda\b|simulated:)", names) if isinstance(names, str) else names
+
+
+_DEVICE = r"^(cpu|cuda(:.+)?|simulated:.+)$"
+_DEVICE_SCHEMA = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string", "pattern": _DEVICE}}],
+    "examples": ["cuda", ["cuda:0", "cuda:1"]],
+}
+DeviceNames = Annotated[
+    tuple[Annotated[str, Field(pattern=_DEVICE)], ...],
+    NoDecode,
+    BeforeValidator(_split),
+    WithJsonSchema(_DEVICE_SCHEMA),
+]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -45,6 +65,9 @@ class ModelConfig(BaseModel):
     preload: bool = Field(default=False, description="Bring it in at start, before the first request.")
     priority: int = Field(
         default=0, description="The higher is served first, and leaves for a lower one only once that is overdue."
+    )
+    device: DeviceNames = Field(
+        default=(), description="Serve it there alone; by default on any of the server's devices, as there is room."
     )
     keep_alive_s: Seconds | None = Field(
         default=None, description="Leaves the device after so long without a request; by default only to make room."
@@ -71,13 +94,19 @@ class Config(BaseSettings):
     models: list[ModelConfig] = Field(default_factory=list)
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
-    device: str = Field(
-        default="cpu",
-        pattern=r"^(cpu|cuda(:.+)?|simulated:.+)$",
-        description="cpu, cuda, cuda:GPU-uuid, or simulated:PATH (a pretended GPU whose state is the file at PATH).",
+    device: DeviceNames = Field(
+        default=("cpu",),
+        description=(
+            "One or several: cpu, cuda (every GPU, or those of CUDA_VISIBLE_DEVICES), cuda:INDEX, cuda:GPU-uuid, "
+            "cuda:MIG-uuid, or simulated:PATH (a pretended GPU whose state is the file at PATH)."
+        ),
     )
-    device_memory_bytes: ConfigSize = Field(
-        default=2 * GiB, description="What awake models may hold together, weights, KV and working memory."
+    device_memory_bytes: ConfigSize | None = Field(
+        default=None,
+        description=(
+            "What models may hold of each device together, weights, KV and working memory; by default 2 GiB of a CPU, "
+            "and of a GPU all but a thirty-second (512 MiB at least), which is left to the driver and to others."
+        ),
     )
     dram_bytes: ConfigSize = Field(default=4 * GiB, description="DRAM for images of models that are not on the device.")
     host_reserve_bytes: ConfigSize | None = Field(
@@ -108,6 +137,14 @@ class Config(BaseSettings):
     log_dir: Path | None = Field(default=None, description="One log per model; inside runtime_dir by default.")
 
     file_values: ClassVar[dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _devices_are_of_one_kind(self) -> Config:
+        kinds = {name.partition(":")[0] for name in self.device}
+        if len(kinds) != 1:
+            what = "no device is named" if not kinds else f"devices of several kinds: {', '.join(sorted(kinds))}"
+            raise ValueError(f"{what}; name some of one kind")
+        return self
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Config:

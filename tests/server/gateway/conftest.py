@@ -52,8 +52,7 @@ async def gateway(runtime_dir: Path, device: SimulatedDevice) -> AsyncIterator[S
         async def start(*models: ModelSpec, **settings: Any) -> Gateway:
             manager = Manager(
                 models,
-                device,
-                device_bytes=device.total_bytes,
+                [(device, device.total_bytes)],
                 dram_bytes=0,
                 runtime_dir=runtime_dir,
                 command_for=lambda _: command(),

@@ -120,9 +120,9 @@ def _watching(url: str, seen: _Seen, console: Console) -> Iterator[None]:
         with Client(url) as client, Live(seen.view(), console=console, transient=not console.is_terminal) as live:
             while not done.wait(_REFRESH_S):
                 seen.state = client.state()
-                device = seen.state["device"]
-                seen.peak_bytes = max(seen.peak_bytes, device["measured_bytes"])
-                seen.budget_bytes = device["total_bytes"]
+                devices = seen.state["devices"]
+                seen.peak_bytes = max(seen.peak_bytes, sum(device["measured_bytes"] for device in devices))
+                seen.budget_bytes = sum(device["total_bytes"] for device in devices)
                 live.update(seen.view())
 
     watcher = threading.Thread(target=watch, name="demo-table")

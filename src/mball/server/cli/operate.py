@@ -21,15 +21,15 @@ Model = Annotated[str, typer.Argument(help="The model's name.")]
 
 def table(state: dict[str, Any]) -> Table:
     """The models of a state, one a row, on their rungs."""
-    device, dram = state["device"], state["dram"]
-    title = (
-        f"{device['name']}: {format_bytes(device['measured_bytes'])} measured, "
-        f"{format_bytes(device['promised_bytes'])} promised of {format_bytes(device['total_bytes'])}"
-        f"   dram: {format_bytes(dram['image_bytes'])} of {format_bytes(dram['total_bytes'])}"
-    )
+    dram, several = state["dram"], len(state["devices"]) > 1
+    lines = [_device(device, number if several else None) for number, device in enumerate(state["devices"])]
+    lines.append(f"dram: {format_bytes(dram['image_bytes'])} of {format_bytes(dram['total_bytes'])}")
+    title = ("\n" if several else "   ").join(lines)
     view = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=0)
-    for name in ("model", "rung", "device", "running", "queued", "swaps", "last", "GiB/s"):
+    on = ["on"] if several else []
+    for name in ("model", "rung", *on, "device", "running", "queued", "swaps", "last", "GiB/s"):
         view.add_column(name, justify="left" if name in ("model", "rung") else "right", no_wrap=True)
+    numbers = {device["name"]: str(number) for number, device in enumerate(state["devices"])}
     styles = {"device": "green", "dram": "yellow", "failed": "red"}
     for model in state["models"]:
         shown = model["shown_as"]
@@ -37,6 +37,7 @@ def table(state: dict[str, Any]) -> Table:
         view.add_row(
             model["name"] + (" (pinned)" if model["pinned"] else ""),
             f"[{styles.get(shown, 'dim')}]{shown}[/]",
+            *([numbers.get(model["device"], "")] if several else []),
             format_bytes(model["device_bytes"]) + ("*" if model["ballooned_bytes"] else ""),
             str(model["in_flight"]),
             str(model["queued"]),
@@ -45,6 +46,18 @@ def table(state: dict[str, Any]) -> Table:
             f"{rate:.1f}" if rate is not None else "",
         )
     return view
+
+
+def _device(device: dict[str, Any], number: int | None) -> str:
+    """What it is, who has how much of it, and whether it answers."""
+    name = device["name"] if number is None else f"{number}  {device['name']}"
+    text = (
+        f"{name}: {format_bytes(device['measured_bytes'])} measured, "
+        f"{format_bytes(device['promised_bytes'])} promised of {format_bytes(device['limit_bytes'])}"
+    )
+    if device["foreign_bytes"]:
+        text += f", {format_bytes(device['foreign_bytes'])} held by others"
+    return f"{text}, does not answer" if device["lost"] else text
 
 
 def ps(url: Url = DEFAULT_URL, as_json: Json = False) -> None:

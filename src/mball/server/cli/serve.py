@@ -17,8 +17,13 @@ def serve(
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A YAML file (`mball config-schema`).")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [8000]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:GPU-uuid, simulated:PATH. [cpu]")] = None,
-    device_memory: Annotated[str | None, typer.Option(help="What awake models may hold together, as 900MiB.")] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="cpu, cuda (every GPU), cuda:INDEX, cuda:GPU-uuid, simulated:PATH; may be repeated. [cpu]"),
+    ] = None,
+    device_memory: Annotated[
+        str | None, typer.Option(help="What models may hold of each device together, as 900MiB.")
+    ] = None,
     dram: Annotated[str | None, typer.Option(help="DRAM for images of models off the device, as 4GiB.")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads of a worker on the CPU.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Where the models' logs go.")] = None,
@@ -33,7 +38,7 @@ def serve(
         "models": [{"path": path} for path in models] if models else None,
         "host": host,
         "port": port,
-        "device": device,
+        "device": device or None,
         "device_memory_bytes": device_memory,
         "dram_bytes": dram,
         "threads": threads,

@@ -1,0 +1,166 @@
+"""Several devices, and which model belongs to which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from mball.errors import ConfigError
+from mball.memory.events import Events
+from mball.memory.model import Model
+from mball.memory.placement import place
+from mball.memory.planner import Candidate, Demand, Snapshot, next_change_s
+from mball.memory.settings import Settings
+from mball.memory.slot import Slot
+from mball.memory.states import Process
+from mball.units import format_bytes
+
+_ADVANTAGE = 2.0
+"""By how much another device must be better for a model that has one already: figures waver."""
+
+
+class Devices:
+    """A model belongs to one device at any time. Its process stays where it began; a model that has none is given a
+    device when it is wanted: where its coming costs the others least, the models that are on their way reckoned with.
+    """
+
+    def __init__(self, models: Mapping[str, Model], settings: Settings, events: Events) -> None:
+        self._models = models
+        self._settings = settings
+        self._events = events
+        self._slots: list[Slot] = []
+        self._placed: set[str] = set()
+
+    @property
+    def models(self) -> Iterable[Model]:
+        return self._models.values()
+
+    def __iter__(self) -> Iterator[Slot]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def settle(self, slots: list[Slot]) -> None:
+        """These are the devices from now on. Raises ConfigError for two of one name, or a model that has none."""
+        self._slots = slots
+        names = [slot.name for slot in slots]
+        if len(set(names)) != len(names) or not names:
+            raise ConfigError(f"the devices are {', '.join(names) or 'none'}: name each once")
+        for model in self._models.values():
+            allowed = self.allowed(model)
+            if not allowed:
+                wanted = ", ".join(model.spec.devices)
+                raise ConfigError(f"{model.name}: its device is {wanted}, and those here are {', '.join(names)}")
+            allowed[0].models[model.name] = model
+
+    def of(self, model: Model) -> Slot:
+        return next(slot for slot in self._slots if model.name in slot.models)
+
+    def allowed(self, model: Model) -> list[Slot]:
+        devices = model.spec.devices
+        return [slot for slot in self._slots if not devices or slot.name in devices]
+
+    def most_bytes(self, model: Model) -> int:
+        """The largest budget that it can have."""
+        return max(slot.ledger.total_bytes for slot in self.allowed(model))
+
+    def elsewhere(self, slot: Slot) -> list[Candidate]:
+        """The models of other devices: host memory for images is one for all."""
+        others = (m for other in self._slots if other is not slot for m in other.models.values())
+        return [m.candidate(0) for m in others if m.settled and m.image is not None and m.image.ready]
+
+    def reading(self, slot: Slot) -> bool:
+        """Whether an image is filled for another device: the disk is one for all."""
+        return any(other.scheduler.filling for other in self._slots if other is not slot)
+
+    def wake(self) -> None:
+        for slot in self._slots:
+            slot.scheduler.wake()
+
+    def gather(self, now: float) -> None:
+        """Gives those that wait for a start their devices, the oldest first."""
+        if len(self._slots) == 1:
+            return
+        waiting = [m for m in self._models.values() if self._waits(m, now)]
+        self._placed &= {m.name for m in waiting}
+        for model in sorted(waiting, key=lambda m: (-m.queue.oldest_wait_s(now), m.number)):
+            home, best = self.of(model), self._best(model, now)
+            fresh = model.name not in self._placed
+            self._placed.add(model.name)
+            if best is not home:
+                del home.models[model.name]
+                best.models[model.name] = model
+                best.scheduler.wake()
+            if fresh or best is not home:
+                room = format_bytes(best.ledger.free_bytes)
+                self._events.record("placed", model.name, f"on {best.name}, where {room} are free", device=best.name)
+
+    def better(self, model: Model, now: float) -> Slot | None:
+        """Where a start would serve a model sooner, or at less cost to others, than waking its worker where it sleeps;
+        None where that is not so. A request that waits counts as one a second, as with the planner."""
+        start_s = model.figures.start_s.value
+        home = self.of(model)
+        others = [slot for slot in self.allowed(model) if slot is not home and slot.lost is None]
+        if start_s is None or not others:
+            return None
+        c, here = model.candidate(0), self._room(home, model, now)
+        asked = Demand(model.name, model.needed_bytes, c.oldest_wait_s, self._settings.max_wait_s, priority=c.priority)
+        found = place([self._room(slot, model, now) for slot in others], asked)
+        if found is None:
+            return None
+        lacking = replace(asked, nbytes=asked.nbytes - home.ledger.held(model.name))
+        stays = place([here], lacking)
+        if stays is None:
+            wait_s = next_change_s(here, lacking)
+            sooner = wait_s is None or wait_s > start_s
+        else:
+            sooner = stays.cost > found.cost + (c.rate + c.queued) * start_s
+        return others[found.devices[0]] if sooner else None
+
+    def _waits(self, model: Model, now: float) -> bool:
+        """For a start that has not begun."""
+        return (
+            (len(model.queue) > 0 or model.wanted)
+            and model.state.process is Process.GONE
+            and model.worker is None
+            and model.settled
+            and model.unload is None
+            and model.not_before_s <= now
+        )
+
+    def _best(self, model: Model, now: float) -> Slot:
+        allowed = [slot for slot in self.allowed(model) if slot.lost is None] or self.allowed(model)
+        fitting = [slot for slot in allowed if model.certain_bytes <= slot.ledger.limit_bytes]
+        if not fitting:
+            return max(allowed, key=lambda slot: slot.ledger.limit_bytes)
+        home = self.of(model)
+        stays = home if home in fitting and model.name in self._placed else None
+        room = {slot.name: self._room(slot, model, now) for slot in fitting}
+        roomiest = max(fitting, key=lambda slot: room[slot.name].free_bytes)
+        if not model.needed_bytes:  # nothing is known of it yet
+            return stays or roomiest
+        c = model.candidate(0)
+        nbytes = model.needed_bytes + (0 if model.context_bytes else home.device.context_bytes)
+        demand = Demand(model.name, nbytes, c.oldest_wait_s, self._settings.max_wait_s, priority=c.priority)
+        found = place(list(room.values()), demand)
+        if found is None:
+            return stays or roomiest
+        there = place([room[stays.name]], demand) if stays is not None else None
+        if stays is not None and there is not None and there.cost <= _ADVANTAGE * found.cost:
+            return stays
+        return fitting[found.devices[0]]
+
+    def _room(self, slot: Slot, model: Model, now: float) -> Snapshot:
+        """A device as it will be once those have come that are to come there."""
+        others = [m for m in slot.models.values() if m is not model]
+        coming = [m for m in others if not m.on_device and self._comes(m)]
+        free_bytes = slot.ledger.limit_bytes - slot.ledger.promised_bytes
+        least = slot.device.context_bytes
+        free_bytes -= sum(max(0, max(m.needed_bytes, least) - slot.ledger.held(m.name)) for m in coming)
+        movable = [m for m in others if m.state.process is Process.ALIVE and m.settled and m not in coming]
+        return Snapshot(free_bytes, tuple(m.candidate(slot.ledger.held(m.name)) for m in movable))
+
+    def _comes(self, model: Model) -> bool:
+        wanted = len(model.queue) > 0 or model.wanted or model.arriving
+        return wanted and (model.name in self._placed or model.state.process is not Process.GONE)
