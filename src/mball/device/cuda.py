@@ -125,6 +125,14 @@ class CudaStream:
         mark.event.record(self._stream)
         return mark
 
+    def stamp(self, event: torch.cuda.Event) -> None:
+        """An event of the caller's behind every copy so far."""
+        event.record(self._stream)
+
+    def follow(self, event: torch.cuda.Event) -> None:
+        """The copies that come next begin after the event."""
+        self._stream.wait_event(event)
+
     def finish(self) -> None:
         # Not by the stream: that would spin on a core.
         self.mark().wait()

@@ -46,10 +46,13 @@ class Range(Protocol):
         """Gives the memory back. Idempotent."""
 
 
-def reserve(nbytes: int, device: torch.device) -> Range:
-    """Addresses on the device, no memory yet. Raises DeviceError."""
+def reserve(nbytes: int, device: torch.device, *, huge: bool = False) -> Range:
+    """Addresses on the device, no memory yet; on the CPU `huge`: in huge pages where the system has them.
+
+    Raises DeviceError.
+    """
     if device.type == "cpu":
-        return HostRange(nbytes)
+        return HostRange(nbytes, huge=huge)
     return CudaRange(nbytes, device) if can_map() else WholeRange(nbytes, device)
 
 
@@ -71,13 +74,15 @@ class HostRange:
 
     granularity = mmap.PAGESIZE
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, huge: bool = False) -> None:
         self.nbytes = nbytes
         self.mapped_bytes = 0
         try:
             self._mapping = mmap.mmap(-1, max(nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise DeviceError(f"cpu: {nbytes} bytes of address space: {error.strerror}") from None
+        if huge:
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)
 
     def resize(self, nbytes: int) -> None:
         mapped = rounded(nbytes, self)

@@ -14,9 +14,17 @@ from typing import Any
 from mball.errors import CheckpointError
 from mball.loader.checkpoint import Checkpoint
 from mball.memory.spec import WorkerSpec
+from mball.swap.layers_plan import Sizes, cells_for, sizes_of
+from mball.units import GiB, MiB
 
 DEFAULT_TOKENS_PER_SEQ = 2048
 """Tokens of KV a sequence gets where neither `kv_cache_bytes` nor `max_model_len` is given."""
+
+_CONTEXT_BYTES = 1 * GiB
+"""What a GPU's context and libraries take at most, for the time before a worker of it was measured."""
+
+_WORKING_BYTES = 64 * MiB
+"""The least that is left beside weights and KV."""
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _STORED_AS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -24,7 +32,7 @@ _STORED_AS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "fl
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Weights exactly, as the files' headers say; KV as the configuration does."""
+    """Weights exactly, as the files' headers say, as far as they stay on the device; KV as the configuration does."""
 
     weights_bytes: int
     kv_bytes: int
@@ -34,13 +42,28 @@ def estimate(spec: WorkerSpec) -> Estimate | None:
     """None where the files don't tell: then the worker will. Reads headers and config.json; blocks."""
     try:
         config = json.loads((Path(spec.path) / "config.json").read_bytes())
-        elements, stored = _elements(Path(spec.path))
+        checkpoint, text = Checkpoint.open(spec.path), config.get("text_config", config)
+        elements, stored = _elements(checkpoint)
         dtype = spec.dtype or config.get("dtype") or config.get("torch_dtype") or stored
         item_bytes = _ITEM_BYTES[dtype]
-        kv_bytes = 0 if spec.task == "embed" else _kv_bytes(spec, config.get("text_config", config), item_bytes)
+        kv_bytes = 0 if spec.task == "embed" else _kv_bytes(spec, text, item_bytes)
+        weights_bytes = elements * item_bytes
+        if spec.resident_layers is not None:
+            sizes = sizes_of(checkpoint, int(text["num_hidden_layers"]), item_bytes)
+            weights_bytes = sizes.held_bytes(cells(spec, sizes, kv_bytes))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, CheckpointError):
         return None
-    return Estimate(elements * item_bytes, kv_bytes)
+    return Estimate(weights_bytes, kv_bytes)
+
+
+def cells(spec: WorkerSpec, sizes: Sizes, beside_bytes: int) -> int:
+    """How many layers' room a model that may be streamed takes (mball.swap.layers_plan); `beside_bytes`: what it takes
+    beside its weights, as far as is known."""
+    if spec.resident_layers is None:
+        return sizes.num_layers
+    context_bytes = _CONTEXT_BYTES if spec.device.startswith("cuda") else 0
+    beside_bytes += context_bytes + _WORKING_BYTES
+    return cells_for(spec.resident_layers, sizes, limit_bytes=spec.device_memory_bytes, beside_bytes=beside_bytes)
 
 
 def kv_blocks(spec: WorkerSpec, longest: int | None, block_bytes: int) -> int:
@@ -85,6 +108,8 @@ _MATTERS = frozenset(
         "max_num_batched_tokens",
         "block_size",
         "kv_cache_bytes",
+        "resident_layers",
+        "device_memory_bytes",
     }
 )
 
@@ -95,10 +120,10 @@ def _files(folder: Path) -> Iterator[Path]:
     yield from folder.glob("*.safetensors.index.json")
 
 
-def _elements(folder: Path) -> tuple[int, str]:
-    """Numbers in the checkpoint, and the dtype of most of its bytes. Raises CheckpointErrors."""
+def _elements(checkpoint: Checkpoint) -> tuple[int, str]:
+    """Numbers in the checkpoint, and the dtype of most of its bytes."""
     count, sizes = 0, Counter[str]()
-    for tensor in Checkpoint.open(folder).tensors.values():
+    for tensor in checkpoint.tensors.values():
         count += math.prod(tensor.shape)
         sizes[_STORED_AS.get(tensor.dtype, "float32")] += tensor.nbytes
     return count, sizes.most_common(1)[0][0] if sizes else "float32"

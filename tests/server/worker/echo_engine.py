@@ -107,6 +107,9 @@ class EchoEngine:
     def set_threads(self, threads: int) -> None:
         self.threads = threads
 
+    def use_image(self, image_fd: int | None) -> None:
+        pass
+
     def fill_image(self, image_fd: int) -> int:
         return self.image_bytes
 
@@ -181,6 +184,9 @@ class EchoEmbedder:
 
     def set_threads(self, threads: int) -> None:
         self.threads = threads
+
+    def use_image(self, image_fd: int | None) -> None:
+        pass
 
     def fill_image(self, image_fd: int) -> int:
         return 0

@@ -102,7 +102,8 @@ class Ballooned:
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
     """Numbers of the moment. Bytes are device bytes. `spare_bytes` can be given to the balloon beside what is there
-    already, and nobody would notice. `error` says what is wrong with the engine, if anything is."""
+    already, and nobody would notice. `error` says what is wrong with the engine, if anything is. Of `num_layers`,
+    `resident_layers` stay on the device and the others are streamed; both are 0 for a model that is never streamed."""
 
     resident: bool
     running: int
@@ -114,6 +115,8 @@ class EngineStatus:
     error: str | None = None
     ballooned_bytes: int = 0
     spare_bytes: int = 0
+    num_layers: int = 0
+    resident_layers: int = 0
 
 
 class Residency(Protocol):
@@ -131,9 +134,10 @@ class Residency(Protocol):
     def balloon(self, nbytes: int, *, gently: bool = False) -> Ballooned:
         """Do without `nbytes` of device memory while serving, rounded up; less than before: take the rest back.
 
-        It holds over demotions. Sequences that lose their room wait for it, and those that no longer fit end with an
-        error; `gently`: refused where there would be such. Raises TransitionError, DeviceOutOfMemory; then nothing has
-        changed.
+        First goes the KV that no sequence of the longest kind would miss, then layers, where they may be streamed,
+        then the rest of the KV. It holds over demotions. Sequences that lose their room wait for it, and those that no
+        longer fit end with an error; `gently`: refused where there would be such, or layers would go.
+        Raises TransitionError, DeviceOutOfMemory; then nothing has changed.
         """
 
     def set_threads(self, threads: int) -> None:
@@ -141,6 +145,10 @@ class Residency(Protocol):
 
     def fill_image(self, image_fd: int) -> int:
         """Copy the source shards into the image (a memfd of `image_bytes`); returns the bytes written."""
+
+    def use_image(self, image_fd: int | None) -> None:
+        """What is read while the engine serves comes from this image from now on, or from the source shards; of the
+        image before nothing is read any more. Raises CheckpointError, TransitionError."""
 
     @property
     def image_bytes(self) -> int: ...

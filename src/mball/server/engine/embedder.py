@@ -95,6 +95,9 @@ class EmbedEngine:
     def image_bytes(self) -> int:
         return self._weights.image_bytes
 
+    def use_image(self, image_fd: int | None) -> None:
+        """All of it is on the device."""
+
     def fill_image(self, image_fd: int) -> int:
         return self._weights.fill_image(image_fd)
 

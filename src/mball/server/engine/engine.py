@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from mball.device.account import Account
 from mball.errors import MballError, TransitionError
 from mball.memory.spec import WorkerSpec
+from mball.server.engine import balloon as balloons
 from mball.server.engine import request as requests
 from mball.server.engine import runner, sampler
 from mball.server.engine.api import Ballooned, Demoted, Emit, EngineStatus, GenerateRequest, Output, Promoted
@@ -44,11 +46,10 @@ _STEP_FAILURES = (
 
 
 @dataclass(eq=False)
-class Resize:
-    """A change of the KV pool that the engine's thread is to carry out."""
+class Change:
+    """Something that the engine's thread is to do between two steps."""
 
-    num_blocks: int
-    gently: bool
+    act: Callable[[], None]
     done: bool = False
     error: MballError | None = None
 
@@ -97,7 +98,7 @@ class GenerateEngine:
         self._arrived: list[Sequence[Request]] = []
         self._aborted: set[str] = set()
         self._resident = False
-        self._resize: Resize | None = None
+        self._change: Change | None = None
         self._parked = False
         self._closing = False
         self._ended = False
@@ -141,8 +142,10 @@ class GenerateEngine:
                 weights_bytes=self._weights.nbytes,
                 kv_bytes=0 if cache is None else cache.nbytes,
                 error=self._error,
-                ballooned_bytes=self._pool_bytes - self._held_bytes,
+                ballooned_bytes=self._ballooned_bytes,
                 spare_bytes=0 if cache is None else self._spare_bytes(cache),
+                num_layers=self._weights.num_layers,
+                resident_layers=self._weights.resident_layers,
             )
 
     @property
@@ -189,19 +192,28 @@ class GenerateEngine:
 
     def balloon(self, nbytes: int, *, gently: bool = False) -> Ballooned:
         began = time.perf_counter()
-        resize = Resize(self._blocks_without(nbytes), gently)
+        give = self._share(nbytes)
+        blocks = self._blocks_without(give.kv_bytes, nbytes)
+        self._between_steps(lambda: self._squeeze(blocks, give.cells, gently=gently))
+        return Ballooned(self._ballooned_bytes, self._held_bytes, time.perf_counter() - began)
+
+    def use_image(self, image_fd: int | None) -> None:
+        if self._weights.layers is not None and not self._ended and not self._closing:
+            self._between_steps(lambda: self._weights.use_image(image_fd))
+
+    def _between_steps(self, act: Callable[[], None]) -> None:
+        """Have the engine's thread do it. Raises what it raises, and TransitionError."""
+        change = Change(act)
         with self._changed:
             if self._ended or self._closing:
                 raise TransitionError(f"{self._spec.model}: its engine has ended")
-            self._resize = resize
+            self._change = change
             self._changed.notify_all()
-            if not self._changed.wait_for(lambda: resize.done, STEP_DEADLINE_S):
-                self._resize = None
+            if not self._changed.wait_for(lambda: change.done, STEP_DEADLINE_S):
+                self._change = None
                 raise TransitionError(f"{self._spec.model}: its step did not end within {STEP_DEADLINE_S:.0f} s")
-        if resize.error is not None:
-            raise resize.error
-        held = self._held_bytes
-        return Ballooned(self._pool_bytes - held, held, time.perf_counter() - began)
+        if change.error is not None:
+            raise change.error
 
     def set_threads(self, threads: int) -> None:
         self._threads = threads
@@ -226,16 +238,38 @@ class GenerateEngine:
         least = 1 + max(longest, self._scheduler.allocator.num_used)
         return max(0, cache.nbytes - cache.mapped_bytes(least)) if cache.shrinks else 0
 
-    def _blocks_without(self, nbytes: int) -> int:
+    @property
+    def _ballooned_bytes(self) -> int:
+        return self._pool_bytes - self._held_bytes + self._weights.ballooned_bytes
+
+    def _share(self, nbytes: int) -> balloons.Give:
+        layers, cache = self._weights.layers, self._cache
+        if layers is None:
+            return balloons.Give(nbytes, 0)
+        longest = 1 + -(-self.max_model_len // self._spec.block_size)
+        kept = longest * self._block_bytes if cache is None else cache.mapped_bytes(longest)
+        return balloons.share(
+            nbytes,
+            easy_bytes=max(0, self._pool_bytes - kept) if cache is None or cache.shrinks else 0,
+            most_cells=layers.max_cells,
+            least_cells=layers.least_cells,
+            cell_bytes=layers.bytes_of,
+        )
+
+    def _blocks_without(self, nbytes: int, asked_bytes: int) -> int:
+        """How many blocks are left where the pool gives up `nbytes` of `asked_bytes`. Raises TransitionError."""
         cache, left = self._cache, self._pool_bytes - nbytes
         if cache is not None and not cache.shrinks and nbytes > 0:
             raise TransitionError(f"{self._spec.model}: its KV pool can't shrink: install cuda-bindings")
         blocks = left // self._block_bytes if cache is None else cache.fitting_blocks(left)
-        if nbytes < 0 or blocks < 2:
+        if asked_bytes < 0 or blocks < 2:
             least = 2 * self._block_bytes if cache is None else cache.mapped_bytes(2)
-            most = format_bytes(max(0, self._pool_bytes - least))
+            layers = self._weights.layers
+            streamed = 0 if layers is None else layers.bytes_of(layers.max_cells) - layers.bytes_of(layers.least_cells)
+            most = format_bytes(max(0, self._pool_bytes - least) + streamed)
+            whose = "its KV pool" if layers is None else "its KV pool and its layers"
             raise TransitionError(
-                f"{self._spec.model}: {format_bytes(nbytes)} for the balloon; its KV pool can give up {most} at most"
+                f"{self._spec.model}: {format_bytes(asked_bytes)} for the balloon; {whose} can give up {most} at most"
             )
         return blocks
 
@@ -244,6 +278,7 @@ class GenerateEngine:
             self._closing = True
             self._resident = False
             self._changed.notify_all()
+        self._weights.cancel()
         self._thread.join(STEP_DEADLINE_S)
         if self._thread.is_alive():
             raise TransitionError(f"{self._spec.model}: its step did not end within {STEP_DEADLINE_S:.0f} s")
@@ -270,8 +305,8 @@ class GenerateEngine:
                 if not self._closing:
                     self._error = "the engine's thread ended"
                 self._ended = self._parked = True
-                if self._resize is not None:
-                    self._resize.fail(TransitionError(f"{self._spec.model}: its engine has ended"))
+                if self._change is not None:
+                    self._change.fail(TransitionError(f"{self._spec.model}: its engine has ended"))
                 self._changed.notify_all()
             for sequence in left:
                 sequence.owner.deliver(Output(None, finish_reason="error", error=self._error))
@@ -284,7 +319,7 @@ class GenerateEngine:
                 self._changed.wait_for(self._has_news)
                 arrived, self._arrived = self._arrived, []
                 aborted, self._aborted = self._aborted, set()
-                resident, closing, resize = self._resident, self._closing, self._resize
+                resident, closing, change = self._resident, self._closing, self._change
             for sequence in arrived:
                 scheduler.add(sequence)
             if aborted or not resident:
@@ -293,8 +328,8 @@ class GenerateEngine:
                         self._deliver(sequence, Output(None, finish_reason="abort"))
             if closing:
                 return False
-            if resize is not None:
-                self._carry_out(resize)
+            if change is not None:
+                self._carry_out(change)
             if resident:
                 if scheduler.running or scheduler.waiting:
                     return True
@@ -304,42 +339,66 @@ class GenerateEngine:
                     self._changed.notify_all()
 
     def _has_news(self) -> bool:
-        if self._closing or self._arrived or self._aborted or self._resize is not None:
+        if self._closing or self._arrived or self._aborted or self._change is not None:
             return True
         if self._resident:
             return bool(self._scheduler.running or self._scheduler.waiting)
         return not self._parked
 
-    def _carry_out(self, resize: Resize) -> None:
+    def _carry_out(self, change: Change) -> None:
         """Between two steps: no kernel reads what moves."""
         error: MballError | None = None
         try:
-            self._change_pool(resize)
+            change.act()
         except MballError as failure:
             error = failure
         except (RuntimeError, OSError) as failure:
             error = TransitionError(f"{self._spec.model}: {failure}")
         with self._changed:
-            resize.done, resize.error = True, error
-            if self._resize is resize:
-                self._resize = None
+            change.done, change.error = True, error
+            if self._change is change:
+                self._change = None
             self._changed.notify_all()
 
-    def _change_pool(self, resize: Resize) -> None:
-        cache, allocator = self._cache, self._scheduler.allocator
-        if resize.num_blocks >= allocator.num_blocks:
-            if cache is not None:
-                cache.resize(resize.num_blocks)
-            self._scheduler.resize(resize.num_blocks)
+    def _squeeze(self, num_blocks: int, cells: int, *, gently: bool) -> None:
+        """What gives memory up goes first, so that what takes some back finds it."""
+        layers = self._weights.layers
+        if layers is None or cells == layers.cells:
+            self._change_pool(num_blocks, gently=gently)
             return
-        if resize.gently and cache is not None:
+        before, blocks_before = layers.cells, self._scheduler.allocator.num_blocks
+        if cells < before:
+            if gently:
+                raise TransitionError(f"{self._spec.model}: its layers are in use")
+            layers.resize(cells)
+            try:
+                self._change_pool(num_blocks, gently=False)
+            except MballError:
+                layers.resize(before)
+                raise
+            return
+        self._change_pool(num_blocks, gently=gently)
+        try:
+            layers.resize(cells)
+        except MballError:
+            self._change_pool(blocks_before, gently=False)
+            raise
+
+    def _change_pool(self, num_blocks: int, *, gently: bool) -> None:
+        cache, allocator = self._cache, self._scheduler.allocator
+        if num_blocks >= allocator.num_blocks:
+            if cache is not None:
+                cache.resize(num_blocks)
+            self._scheduler.resize(num_blocks)
+            return
+        if gently and cache is not None:
             spare = self._spare_bytes(cache)
-            if cache.nbytes - cache.mapped_bytes(resize.num_blocks) > spare:
+            if cache.nbytes - cache.mapped_bytes(num_blocks) > spare:
                 raise TransitionError(f"{self._spec.model}: {format_bytes(spare)} of its KV pool are not in use")
-        moves = self._scheduler.resize(resize.num_blocks)
+        moves = self._scheduler.resize(num_blocks)
         if cache is not None:
             cache.move(moves)
-            cache.resize(resize.num_blocks)
+            cache.resize(num_blocks)
 
     def _step(self) -> None:
         if self._threads != self._threads_set:

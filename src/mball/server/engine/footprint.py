@@ -11,11 +11,17 @@ from mball.memory import estimate
 from mball.memory.spec import WorkerSpec
 from mball.server.engine import transformers_adapter as adapter
 from mball.server.engine.kv_cache import KVGeometry
+from mball.swap.layers_plan import sizes_of
+from mball.swap.layers_read import PART_BYTES
+
+LAYER_THREADS = 4
+"""Threads that read layers which have no image: enough for a disk's queue."""
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """`activation_bytes` is an estimate of the largest step's temporaries; the others are what will be taken."""
+    """`activation_bytes` is an estimate of the largest step's temporaries; the others are what will be taken, of the
+    weights what is resident and the slots that the rest passes through."""
 
     weights_bytes: int
     kv_bytes: int
@@ -44,7 +50,18 @@ def footprint(spec: WorkerSpec) -> Footprint:
     gathered = spec.max_num_seqs * max_model_len(spec, text, blocks) * geometry.token_bytes // geometry.num_layers
     pool = blocks * geometry.block_bytes(spec.block_size)
     activations = tokens * _token_activations(text) * dtype.itemsize + sampling + min(gathered, pool)
+    if spec.resident_layers is not None:
+        sizes = sizes_of(checkpoint, geometry.num_layers, dtype.itemsize)
+        weights_bytes = sizes.held_bytes(estimate.cells(spec, sizes, pool))
+        # On the CPU what threads read through is the device's too.
+        activations += LAYER_THREADS * PART_BYTES if spec.device == "cpu" else 0
     return Footprint(weights_bytes, pool, activations)
+
+
+def layer_cells(spec: WorkerSpec, checkpoint: Checkpoint, geometry: KVGeometry, num_blocks: int) -> int:
+    """How many layers' room a model that may be streamed takes."""
+    sizes = sizes_of(checkpoint, geometry.num_layers, geometry.dtype.itemsize)
+    return estimate.cells(spec, sizes, num_blocks * geometry.block_bytes(spec.block_size))
 
 
 def _token_activations(text: Any) -> int:

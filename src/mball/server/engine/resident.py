@@ -9,11 +9,14 @@ from collections.abc import Callable
 import torch
 
 from mball.device.account import Account
+from mball.errors import UnsupportedCheckpoint
 from mball.loader import image
 from mball.loader.checkpoint import Checkpoint
 from mball.loader.weights import Weights
 from mball.memory.spec import WorkerSpec
+from mball.server.engine.footprint import LAYER_THREADS
 from mball.server.engine.transformers_adapter import Model
+from mball.swap.layers import LayeredWeights
 
 Progress = Callable[[int, int], None]
 
@@ -27,14 +30,26 @@ class ResidentWeights:
     """The weights of one module, bound once and loaded and released many times."""
 
     def __init__(
-        self, spec: WorkerSpec, model: Model, checkpoint: Checkpoint, account: Account, device: torch.device
+        self,
+        spec: WorkerSpec,
+        model: Model,
+        checkpoint: Checkpoint,
+        account: Account,
+        device: torch.device,
+        *,
+        cells: int | None = None,
     ) -> None:
+        """With `cells` the model's layers are streamed through room for so many of them.
+
+        Raises TensorMismatch, UnsupportedCheckpoint, DeviceError.
+        """
         self.module = model.module
         self._checkpoint = checkpoint
         # On the CPU its cores are the model's; on a GPU they have nothing better to do than to load.
         self._threads = spec.threads if device.type == "cpu" else None
         self._cancel = threading.Event()
-        self._weights = Weights.bind(
+        self.layers = None if cells is None else _layered(model, checkpoint, account, device, cells)
+        self._weights: Weights | LayeredWeights = self.layers or Weights.bind(
             model.module, checkpoint, device=device, sources=model.sources, ignore=model.ignored, account=account
         )
         self.resident = False
@@ -43,6 +58,25 @@ class ResidentWeights:
     def nbytes(self) -> int:
         """Bytes on the device now."""
         return self._weights.nbytes if self.resident else 0
+
+    @property
+    def ballooned_bytes(self) -> int:
+        """Of the layers' room, what was given up."""
+        layers = self.layers
+        return 0 if layers is None else layers.bytes_of(layers.max_cells) - layers.bytes_of(layers.cells)
+
+    @property
+    def num_layers(self) -> int:
+        return 0 if self.layers is None else self.layers.layout.num_layers
+
+    @property
+    def resident_layers(self) -> int:
+        return 0 if self.layers is None else len(self.layers.layout.resident)
+
+    def use_image(self, image_fd: int | None) -> None:
+        """Where streamed layers come from. Raises CheckpointError, OSError, TransitionError."""
+        if self.layers is not None:
+            self.layers.use_image(image_fd)
 
     @property
     def image_bytes(self) -> int:
@@ -63,8 +97,34 @@ class ResidentWeights:
     def fill_image(self, image_fd: int) -> int:
         return image.fill(self._checkpoint, image_fd, threads=self._threads, cancel=self._cancel)
 
-    def close(self) -> None:
-        """A load or a fill under way ends with Cancelled."""
+    def cancel(self) -> None:
+        """A load, a fill, or a step that waits for a layer ends with Cancelled, for good. Called by any thread."""
         self._cancel.set()
+        if self.layers is not None:
+            self.layers.cancel()
+
+    def close(self) -> None:
+        self.cancel()
         self.resident = False
         self._weights.close()
+
+
+def _layered(
+    model: Model, checkpoint: Checkpoint, account: Account, device: torch.device, cells: int
+) -> LayeredWeights:
+    if not model.layers:
+        kind = type(model.module).__name__
+        raise UnsupportedCheckpoint(
+            f"no list of decoder layers was found in {kind}: leave resident_layers out", file=str(checkpoint.path)
+        )
+    return LayeredWeights.bind(
+        model.module,
+        model.layers,
+        checkpoint,
+        cells=cells,
+        device=device,
+        sources=model.sources,
+        ignore=model.ignored,
+        account=account,
+        threads=LAYER_THREADS,
+    )

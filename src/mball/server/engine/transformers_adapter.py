@@ -13,7 +13,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,14 @@ _PAGED_LAYERS = {"full_attention", "sliding_attention"}
 class Model:
     """A module on the meta device, in eval mode, and what fills it: see `mball.loader.weights.Weights.bind`.
 
-    `ignored` are tensors of the checkpoint that are known to have no use.
+    `ignored` are tensors of the checkpoint that are known to have no use; `layers` the decoder's, which run one after
+    the other, none where they were not found.
     """
 
     module: torch.nn.Module
     sources: dict[str, list[Piece]]
     ignored: frozenset[str]
+    layers: tuple[torch.nn.Module, ...] = ()
 
 
 def read_config(spec: WorkerSpec) -> PreTrainedConfig:
@@ -146,7 +148,8 @@ def build_generator(
     if "logits_to_keep" not in inspect.signature(module.forward).parameters:
         raise UnsupportedCheckpoint(f"{type(module).__name__} gives logits only for all tokens", file=spec.path)
     _check_attention(spec, module, geometry)
-    return _filled(spec, module, checkpoint, headless=False)
+    model = _filled(spec, module, checkpoint, headless=False)
+    return replace(model, layers=_decoder_layers(module, geometry.num_layers))
 
 
 def build_encoder(spec: WorkerSpec, config: PreTrainedConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> Model:
@@ -226,6 +229,15 @@ def _check_attention(spec: WorkerSpec, module: PreTrainedModel, geometry: KVGeom
         raise UnsupportedCheckpoint(
             f"{len(layers)} attention layers in a model of {geometry.num_layers}", file=spec.path
         )
+
+
+def _decoder_layers(module: PreTrainedModel, num_layers: int) -> tuple[torch.nn.Module, ...]:
+    for part in module.modules():
+        if isinstance(part, torch.nn.ModuleList) and len(part) == num_layers:
+            attention_of = [{m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")} for layer in part]
+            if attention_of == [{number} for number in range(num_layers)]:
+                return tuple(part)
+    return ()
 
 
 def _filled(spec: WorkerSpec, module: PreTrainedModel, checkpoint: Checkpoint, *, headless: bool) -> Model:

@@ -62,7 +62,7 @@ class Verbs:
         }
 
     def close(self) -> None:
-        """Idempotent."""
+        """Idempotent. The engine has ended, or reads the image no more."""
         if self._image_fd is not None:
             IMAGES.detach(self._image_fd)
             os.close(self._image_fd)
@@ -128,12 +128,24 @@ class Verbs:
                 case state:
                     raise TransitionError(f"image: its state is 'empty' or 'ready', not {state!r}")
             async with self._moving:
-                await in_thread(self.close)
-                self._image_fd = os.dup(fd)
-                self._register_ahead(self._image_fd)
+                if not self._has_image(fd):
+                    await self._take_image(os.dup(fd))
             return {"bytes": filled, "fill_s": time.perf_counter() - began}
         finally:
             os.close(fd)
+
+    def _has_image(self, fd: int) -> bool:
+        return self._image_fd is not None and os.path.sameopenfile(self._image_fd, fd)
+
+    async def _take_image(self, image_fd: int) -> None:
+        try:
+            await in_thread(lambda: self._service.engine.use_image(image_fd))
+        except BaseException:
+            os.close(image_fd)
+            raise
+        await in_thread(self.close)
+        self._image_fd = image_fd
+        self._register_ahead(image_fd)
 
     def _register_ahead(self, image_fd: int) -> None:
         """The driver learns of the image's pages now, so that the next promotion does not wait for that."""
@@ -146,6 +158,7 @@ class Verbs:
     async def _drop_image(self, message: Message, fd: int | None) -> Message:
         _no_descriptor(fd)
         async with self._moving:
+            await in_thread(lambda: self._service.engine.use_image(None))
             await in_thread(self.close)
         return {}
 
