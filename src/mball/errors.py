@@ -24,6 +24,12 @@ MballError
 │   ├── NotReleased                 device bytes were not given back in time
 │   ├── WorkerNotStarted            the worker gave no hello
 │   └── WorkerDied                  the worker's process ended
+├── SwapError                       the swap store
+│   ├── SwapInUse                   another manager has it, and says who it is
+│   ├── SwapForeign                 what is there is not a store of ours, and is left alone
+│   ├── SwapUnavailable             it can't be made or opened
+│   ├── SwapRefused                 bytes are not taken: full, over the day's budget, read-only …
+│   └── SwapMiss                    bytes are not there, or can't be trusted
 ├── RequestError                    a request can't be served; carries an HTTP status and an OpenAI code
 │   ├── InvalidRequest (400)  ├── UnknownModel (404)  ├── PayloadTooLarge (413)
 │   └── Unavailable (503, with retry_after_s)
@@ -215,6 +221,38 @@ class WorkerNotStarted(TransitionError):
 
 class WorkerDied(TransitionError):
     """The worker's process ended while it was needed."""
+
+
+class SwapError(MballError):
+    """The swap store can't do what was asked; serving goes on without."""
+
+
+class SwapInUse(SwapError):
+    """Another manager has the store, and says who it is."""
+
+
+class SwapForeign(SwapError):
+    """What is at the path is not a store of ours. It is never overwritten."""
+
+
+class SwapUnavailable(SwapError):
+    """The store can't be made or opened: no space, no right, an I/O error."""
+
+
+class SwapRefused(SwapError):
+    """Bytes are not taken. `reason` names the counter: full, budget, read_only, busy, io, closed."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(f"swap: not written ({reason}): {message}")
+        self.reason = reason
+
+
+class SwapMiss(SwapError):
+    """Bytes are not there, or can't be trusted. `reason` names the counter: absent, stale, checksum, io, busy, closed."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(f"swap: miss ({reason}): {message}")
+        self.reason = reason
 
 
 class RequestError(MballError):
