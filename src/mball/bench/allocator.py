@@ -22,7 +22,6 @@ import aiohttp
 
 from mball.device.device import Device, open_device
 from mball.errors import MballError
-from mball.loader.checkpoint import Checkpoint
 from mball.memory.manager import Manager
 from mball.server.catalog import build_manager
 from mball.server.config import Config, ModelConfig
@@ -32,8 +31,8 @@ _POLL_S = 0.002
 _DEADLINE_S = 600.0
 _LOOK_S = 0.05
 _SLACK_BYTES = 96 * MiB
-_ROOM = 1.6
-"""Of weights and KV: one model and the contexts of two more have room, no two models."""
+_ROOM = 1.5
+"""Of what one model needs: it and the contexts of two more have room, no two models."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,13 @@ class Options:
 @dataclass
 class Together:
     """Models started at one moment. `failures`: what went wrong, in words; `over_bytes`: held beyond its share at
-    any time, the most of all."""
+    any time, the most of all; `needed_bytes`: what MBALL thinks that each needs."""
 
     seconds: float = 0.0
     ready_s: list[float] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     over_bytes: int = 0
+    needed_bytes: int = 0
     held_bytes: list[int] = field(default_factory=list)
 
     def collisions(self, slack_bytes: int = _SLACK_BYTES) -> int:
@@ -115,6 +115,7 @@ async def together(options: Options) -> Together:
         found.failures = [f"{type(error).__name__}: {error}" for error in answers if isinstance(error, BaseException)]
         for state in manager.snapshot()["models"]:
             found.held_bytes.append(state["device_bytes"])
+            found.needed_bytes = max(found.needed_bytes, state["needed_bytes"])
             found.failures += [f"{state['name']}: {state['crashes']} crashes"] if state["crashes"] else []
     return found
 
@@ -139,10 +140,13 @@ async def killed(options: Options) -> Killed:
     return found
 
 
-async def switches(options: Options) -> Switches:
-    """Two models that don't fit together take turns, first alone, then while a third one's worker starts afresh."""
+async def switches(options: Options, needed_bytes: int) -> Switches:
+    """Two models that don't fit together take turns, first alone, then while a third one's worker starts afresh.
+
+    Each needs `needed_bytes`. Raises MballError where they don't take turns.
+    """
     found = Switches()
-    room = round(_ROOM * (Checkpoint.open(options.model).nbytes + options.kv_bytes))
+    room = round(_ROOM * needed_bytes)
     models = dict.fromkeys(("a", "b", "c"), options.model)
     async with _managed(options, models, room, zygote=False) as manager:
         for name in ("a", "b", "a", "b"):

@@ -20,7 +20,7 @@ import psutil
 from mball.bench.allocator import Options, Together
 from mball.device.device import Device, open_device
 
-_DEADLINE_S = 240.0
+_DEADLINE_S = 150.0
 _POLL_S = 0.25
 _TERM_S = 10.0
 _ERROR = re.compile(r"\b\w+Error: \S")

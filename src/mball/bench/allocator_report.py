@@ -8,7 +8,6 @@ import logging
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,18 +52,19 @@ def run_allocator(
             body = {**facts, "checks": [vars(check) for check in checks], "results": results}
             write(json_path, json.dumps(body, indent=1))
 
-    stages: list[tuple[str, Callable[[], None]]] = [
-        ("together", lambda: add("together", found := asyncio.run(together(options)), _of_together("MBALL", found))),
-        ("killed", lambda: add("killed", found := asyncio.run(killed(options)), _of_killed(found))),
-        ("switches", lambda: add("switches", found := asyncio.run(switches(options)), _of_switches(found))),
-    ]
+    with console.status("models started at once"):
+        at_once = asyncio.run(together(options))
+        add("together", at_once, _of_together(at_once))
+    with console.status("a worker killed"):
+        deaths = asyncio.run(killed(options))
+        add("killed", deaths, _of_killed(deaths))
+    with console.status("switches"):
+        turns = asyncio.run(switches(options, at_once.needed_bytes))
+        add("switches", turns, _of_switches(turns))
     if peer:
-        stages.append(
-            ("vllm", lambda: add("vllm", found := asyncio.run(vllm_together(options)), [_of_peer(found)])),
-        )
-    for name, stage in stages:
-        with console.status(name):
-            stage()
+        with console.status("vLLM"):
+            stock = asyncio.run(vllm_together(options))
+            add("vllm", stock, [_of_peer(stock)])
     table = Table("", "measured", "promised", "")
     for check in checks:
         table.add_row(check.name, check.measured, check.promised, _verdict(check, "[bold]does not[/]"))
@@ -74,10 +74,10 @@ def run_allocator(
     return all(check.holds for check in checks)
 
 
-def _of_together(name: str, found: Together) -> list[Check]:
+def _of_together(found: Together) -> list[Check]:
     return [
         Check(
-            f"{name}: {len(found.held_bytes)} models started at once: failed starts, or memory off its share",
+            f"MBALL: {len(found.held_bytes)} models started at once: failed starts, or memory off its share",
             f"{found.collisions()}; all answered after {found.seconds:.1f} s",
             "0",
             found.collisions() == 0,
