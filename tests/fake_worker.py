@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import mmap
@@ -28,7 +29,7 @@ from aiohttp import web
 from mball.device import libc, prctl
 from mball.device.account import open_account
 from mball.device.proc import private_bytes
-from mball.errors import CheckpointError, TransitionError
+from mball.errors import Cancelled, CheckpointError, TransitionError
 from mball.memory import control
 from mball.memory.spec import WorkerSpec
 
@@ -101,6 +102,7 @@ class FakeWorker:
         self.in_flight = 0
         self.ballooned = 0
         self.threads = spec.threads
+        self.unwanted = asyncio.Event()
         self.stopped = asyncio.Event()
 
     @property
@@ -216,15 +218,23 @@ class FakeWorker:
         if message["state"] == "ready":
             self.image_ready = True
             return {"bytes": os.fstat(fd).st_size, "fill_s": 0.0}
-        await asyncio.sleep(self.knobs.image_s)
+        self.unwanted.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.knobs.image_s):
+                await self.unwanted.wait()
         await self.fault("image")
-        nbytes = await asyncio.to_thread(_fill, fd)
+        nbytes = 0 if self.unwanted.is_set() else await asyncio.to_thread(_fill, fd)
+        if self.unwanted.is_set():
+            os.close(fd)
+            self.image = None
+            raise Cancelled("the image is not wanted any more")
         self.image_ready = True
         return {"bytes": nbytes, "fill_s": self.knobs.image_s}
 
     async def drop_image(self, message: control.Message, fd: int | None) -> control.Message:
         await self.fault("drop_image")
-        if self.image is not None:
+        self.unwanted.set()
+        if self.image is not None and self.image_ready:
             os.close(self.image)
             self.image, self.image_ready = None, False
         return {}

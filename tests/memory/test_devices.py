@@ -48,7 +48,7 @@ def kinds(running: Running) -> list[str]:
 async def test_two_models_serve_at_once_one_on_each(serve: Serve, gpus: list[SimulatedDevice]) -> None:
     running = await serve(model("a"), model("b"), on=gpus)
     for _ in range(3):
-        assert await asyncio.gather(running.ask("a"), running.ask("b")) == ["a 1 2 3 ", "b 1 2 3 "]
+        assert await asyncio.gather(*map(running.ask, "ab")) == ["a 1 2 3 ", "b 1 2 3 "]
     state = running.manager.snapshot()
     assert set(where(running, "a", "b")) == {"gpu0", "gpu1"}
     assert [device["promised_bytes"] for device in state["devices"]] == [81 * MiB] * 2

@@ -13,10 +13,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mball.device.simulated import SimulatedDevice
+from mball.errors import ModelDoesNotFit
 from mball.memory.estimate import Estimate, estimate, revision
-from mball.memory.spec import WorkerSpec
+from mball.memory.spec import ModelSpec, WorkerSpec
 from mball.server.engine import footprint
+from mball.units import MiB
 from tests.demo_models import demo_model
+from tests.fake_worker import Knobs
+from tests.memory.conftest import Serve
 
 CONFIG = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
 
@@ -88,3 +93,23 @@ def test_the_gateway_learns_it_without_torch(tmp_path: Path) -> None:
         f"assert estimate(WorkerSpec('m', {str(path)!r})); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+async def test_one_that_can_never_fit_is_refused_with_the_numbers_before_any_worker_is_started(
+    serve: Serve, tmp_path: Path
+) -> None:
+    gpus = [SimulatedDevice.create(tmp_path / f"gpu{n}", (50 + 10 * n) * MiB, context_bytes=MiB) for n in range(2)]
+    path = folder(tmp_path / "m")
+    large = WorkerSpec("large", str(path), kv_cache_bytes=100 * MiB)
+    small = WorkerSpec("small", str(path), kv_cache_bytes=54 * MiB)
+    running = await serve(
+        ModelSpec(large), ModelSpec(small, environment=Knobs(8 * MiB, 4 * MiB).environment()), on=gpus
+    )
+    says = r"large: needs at least 100 MiB \(weights 70 B, KV 100 MiB\), the device's budget is 60\.0 MiB in all: raise"
+    for _ in range(2):
+        with pytest.raises(ModelDoesNotFit, match=says):
+            await running.ask("large")
+    state = running.state("large")
+    assert (state["starts"], state["shown_as"], state["device"]) == (0, "failed", None)
+    assert await running.ask("small") == "small 1 2 3 "
+    assert str(running.state("small")["device"]).endswith("gpu1"), "the only one where it can fit"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 from collections.abc import AsyncIterator
@@ -207,3 +208,53 @@ async def test_a_host_that_says_nothing_is_no_pressure(running: Running, host: H
     await asyncio.sleep(0.3)
     assert images(running) == "abc"
     assert running.manager.snapshot()["dram"]["pressure"]["full_avg10"] is None
+
+
+async def test_an_image_that_is_being_filled_is_given_up(
+    host: Host, device: SimulatedDevice, runtime_dir: Path
+) -> None:
+    async with filling(host, device, runtime_dir, hold_s=60.0) as running:
+        assert await running.ask("a") == "a 1 2 3 "
+        await running.until(lambda: running.state("a")["image_bytes"] > 0)
+        pid = running.state("a")["pid"]
+        host.available_bytes = 0
+        await running.until(lambda: running.state("a")["image_bytes"] == 0)
+        [dropped] = [event for event in running.manager.snapshot()["events"] if event["kind"] == "image dropped"]
+        assert "host memory is short" in dropped["reason"]
+        assert await running.ask("a") == "a 1 2 3 "
+        assert running.state("a")["pid"] == pid
+        state = running.manager.snapshot()
+        assert (state["crashes"], state["books_wrong"], state["dram"]["image_bytes"]) == (0, [], 0)
+        host.available_bytes = 10 * GiB
+        await running.until(lambda: running.state("a")["image_bytes"] > 0)
+
+
+async def test_a_promotion_that_waited_for_an_image_goes_on_from_the_source(
+    host: Host, device: SimulatedDevice, runtime_dir: Path
+) -> None:
+    async with filling(host, device, runtime_dir, hold_s=0.0) as running:
+        asking = asyncio.create_task(running.ask("a"))
+        await running.until(lambda: running.state("a")["image_bytes"] > 0)
+        await asyncio.sleep(0.2)
+        assert running.state("a")["promotions"] == 0, "it waits for its image"
+        host.available_bytes = 0
+        assert await asking == "a 1 2 3 "
+        a = running.state("a")
+        assert (a["promotions"], a["image_bytes"], a["shown_as"]) == (1, 0, "device")
+
+
+@contextlib.asynccontextmanager
+async def filling(host: Host, device: SimulatedDevice, runtime_dir: Path, *, hold_s: float) -> AsyncIterator[Running]:
+    """One model whose image takes longer than any test waits."""
+    manager = Manager(
+        [model("a", Knobs(weights_bytes=32 * MiB, kv_bytes=1 * MiB, image_s=300.0))],
+        [(device, device.total_bytes)],
+        dram_bytes=500 * MiB,
+        runtime_dir=runtime_dir,
+        command_for=lambda _: command(),
+        settings=dataclasses.replace(QUICK, pressure_s=0.05, calm_s=0.2, host_reserve_bytes=100 * MiB, hold_s=hold_s),
+        gauge=host.gauge(),
+    )
+    await manager.start()
+    yield Running(manager)
+    await manager.close(0.0)

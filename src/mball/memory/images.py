@@ -83,12 +83,16 @@ class Images:
         self._events.record("image dropped", model.name, reason, image_bytes=image.nbytes)
 
     async def shrink(self, models: Iterable[Model], nbytes: int, why: str) -> None:
-        """Gives images of `nbytes` up, those that save the fewest seconds a byte; one that is being filled stays."""
-        owned = {m.name: m for m in models if m.image is not None and m.image.ready}
-        kept = tuple(dataclasses.replace(m.candidate(0), pinned=False) for m in owned.values())
+        """Gives images of `nbytes` up, those that save the fewest seconds a byte. One that is being filled saves none
+        yet."""
+        owned = {m.name: (m, m.image.nbytes) for m in models if m.image is not None}
+        kept = tuple(
+            dataclasses.replace(m.candidate(0), pinned=False, image_bytes=image_bytes)
+            for m, image_bytes in owned.values()
+        )
         held = sum(candidate.image_bytes for candidate in kept)
         for move in plan(Snapshot(0, kept), Demand("", 0, dram_bytes=min(nbytes, held))) or []:
-            await self.drop(owned[move.model], f"{why}; {move.reason}")
+            await self.drop(owned[move.model][0], f"{why}; {move.reason}")
 
     async def _let_go(self, worker: WorkerProcess) -> None:
         try:
@@ -123,17 +127,18 @@ class Images:
         image = model.image = Image(memfd.create(model.name, nbytes), nbytes)
         try:
             filled = await worker.call("image", deadline_s=self._settings.image_s, fd=image.fd, state="empty")
+            if model.image is not image:  # given up meanwhile, and its descriptor may be another's by now
+                return
             memfd.seal(image.fd)
         except (TransitionError, OSError) as error:
-            _log.warning("image not filled", model=model.name, error=str(error))
             if model.image is image:
+                _log.warning("image not filled", model=model.name, error=str(error))
                 await self.drop(model, "it could not be filled")
             return
-        if model.image is image:
-            image.ready = True
-            if model.state.weights is Weights.SOURCE:
-                model.state = model.state.to(weights=Weights.DRAM)
-            self._events.record("image ready", model.name, image_bytes=nbytes, fill_s=filled.get("fill_s"))
+        image.ready = True
+        if model.state.weights is Weights.SOURCE:
+            model.state = model.state.to(weights=Weights.DRAM)
+        self._events.record("image ready", model.name, image_bytes=nbytes, fill_s=filled.get("fill_s"))
 
     def _victims(self, model: Model, models: list[Model], nbytes: int, now_s: float) -> list[Model] | None:
         """Whose images go for this one: [] where there is room, None where those that stay are worth more."""

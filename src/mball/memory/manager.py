@@ -395,7 +395,7 @@ class Manager:
     def _shown(self, model: Model) -> dict[str, Any]:
         last = self.events.last(model.name)
         slot = self._devices.of(model)
-        device = slot.name if model.state.process is not Process.GONE else None
+        device = None if model.state.process in (Process.GONE, Process.FAILED) else slot.name
         return {**model.snapshot(slot.ledger.held(model.name)), "device": device, "last_event": self._told(last)}
 
     def _told(self, event: Event | None) -> dict[str, Any] | None:

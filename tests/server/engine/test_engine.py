@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from typing import Any
 
 import pytest
 import torch
 
+from mball.errors import Cancelled
 from tests.server.engine.conftest import CONFIGS
 from tests.server.engine.driving import EngineFor, ModelDir, Oracle, Run, prompts, reference, run_all
 
@@ -158,3 +161,15 @@ def test_what_can_never_be_served_ends_with_an_error(
     assert run.reason == "error"
     assert says in (run.error or "")
     assert Run(engine, "good", [5]).wait().reason == "length"
+
+
+def test_an_image_is_given_up_when_it_is_not_wanted_any_more(model_dir: ModelDir, engine_for: EngineFor) -> None:
+    from mball.loader import image
+
+    engine = engine_for(model_dir("qwen3_moe"), promote=False)
+    fd, unwanted = image.create("test", engine.image_bytes), threading.Event()
+    unwanted.set()
+    with pytest.raises(Cancelled):
+        engine.fill_image(fd, unwanted)
+    assert engine.fill_image(fd) > 0
+    os.close(fd)

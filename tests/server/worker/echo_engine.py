@@ -110,7 +110,7 @@ class EchoEngine:
     def use_image(self, image_fd: int | None) -> None:
         pass
 
-    def fill_image(self, image_fd: int) -> int:
+    def fill_image(self, image_fd: int, cancel: threading.Event | None = None) -> int:
         return self.image_bytes
 
     def close(self) -> None:
@@ -188,7 +188,7 @@ class EchoEmbedder:
     def use_image(self, image_fd: int | None) -> None:
         pass
 
-    def fill_image(self, image_fd: int) -> int:
+    def fill_image(self, image_fd: int, cancel: threading.Event | None = None) -> int:
         return 0
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ Text is the worker's business (chat templates, detokenisation, stop strings); an
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -143,8 +144,11 @@ class Residency(Protocol):
     def set_threads(self, threads: int) -> None:
         """Compute on so many threads from the next step on. Thread-safe, does not block."""
 
-    def fill_image(self, image_fd: int) -> int:
-        """Copy the source shards into the image (a memfd of `image_bytes`); returns the bytes written."""
+    def fill_image(self, image_fd: int, cancel: threading.Event | None = None) -> int:
+        """Copy the source shards into the image (a memfd of `image_bytes`); returns the bytes written.
+
+        Raises Cancelled once `cancel` is set; then the image holds rubbish.
+        """
 
     def use_image(self, image_fd: int | None) -> None:
         """What is read while the engine serves comes from this image from now on, or from the source shards; of the

@@ -152,8 +152,8 @@ class GenerateEngine:
     def image_bytes(self) -> int:
         return self._weights.image_bytes
 
-    def fill_image(self, image_fd: int) -> int:
-        return self._weights.fill_image(image_fd)
+    def fill_image(self, image_fd: int, cancel: threading.Event | None = None) -> int:
+        return self._weights.fill_image(image_fd, cancel)
 
     def promote(self, image_fd: int | None, progress: Progress | None = None) -> Promoted:
         began = time.perf_counter()

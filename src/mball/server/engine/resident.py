@@ -48,6 +48,7 @@ class ResidentWeights:
         # On the CPU its cores are the model's; on a GPU they have nothing better to do than to load.
         self._threads = spec.threads if device.type == "cpu" else None
         self._cancel = threading.Event()
+        self._filling = threading.Event()
         self.layers = None if cells is None else _layered(model, checkpoint, account, device, cells)
         self._weights: Weights | LayeredWeights = self.layers or Weights.bind(
             model.module, checkpoint, device=device, sources=model.sources, ignore=model.ignored, account=account
@@ -94,12 +95,16 @@ class ResidentWeights:
         self.resident = False
         return self._weights.release()
 
-    def fill_image(self, image_fd: int) -> int:
-        return image.fill(self._checkpoint, image_fd, threads=self._threads, cancel=self._cancel)
+    def fill_image(self, image_fd: int, cancel: threading.Event | None = None) -> int:
+        unwanted = self._filling = cancel or threading.Event()
+        if self._cancel.is_set():
+            unwanted.set()
+        return image.fill(self._checkpoint, image_fd, threads=self._threads, cancel=unwanted)
 
     def cancel(self) -> None:
         """A load, a fill, or a step that waits for a layer ends with Cancelled, for good. Called by any thread."""
         self._cancel.set()
+        self._filling.set()
         if self.layers is not None:
             self.layers.cancel()
 

@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import gc
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +44,7 @@ class Verbs:
         self._stop = stop
         self._moving = asyncio.Lock()
         self._filling = asyncio.Lock()
+        self._unwanted = threading.Event()
         self._epoch = 0
         self._image_fd: int | None = None
         self._registering: asyncio.Task[None] | None = None
@@ -124,7 +126,8 @@ class Verbs:
                     pass
                 case "empty":
                     async with self._filling:
-                        filled = await in_thread(lambda: self._service.engine.fill_image(fd))
+                        unwanted = self._unwanted = threading.Event()
+                        filled = await in_thread(lambda: self._service.engine.fill_image(fd, unwanted))
                 case state:
                     raise TransitionError(f"image: its state is 'empty' or 'ready', not {state!r}")
             async with self._moving:
@@ -156,8 +159,10 @@ class Verbs:
             self._registering.add_done_callback(_registered)
 
     async def _drop_image(self, message: Message, fd: int | None) -> Message:
+        """Also one that is being filled: that ends at once, with an error."""
         _no_descriptor(fd)
-        async with self._moving:
+        self._unwanted.set()
+        async with self._filling, self._moving:
             await in_thread(lambda: self._service.engine.use_image(None))
             await in_thread(self.close)
         return {}
