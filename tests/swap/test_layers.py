@@ -275,6 +275,20 @@ def test_slots_are_chosen_anew_once_steps_were_measured(path: Path) -> None:
     weights.close()
 
 
+def test_neither_threads_nor_descriptors_are_left_behind(path: Path, image_fd: int) -> None:
+    toy, weights = bound(path, 3)
+    before = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+    for source in (image_fd, None, image_fd, None):
+        weights.load(source)
+        toy.step()
+        weights.use_image(None if source else image_fd)
+        toy.step()
+        weights.use_image(source)
+        weights.release()
+    assert (threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))) == before
+    weights.close()
+
+
 def test_the_account_is_open_by_default(path: Path) -> None:
     _, weights = bound(path, 2, OpenAccount())
     assert weights.least_cells == 2

@@ -145,6 +145,28 @@ def allocator(
 
 
 @app.command()
+def layers(
+    model: Annotated[Path, typer.Argument(help="The folder of a model that generates.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    share: Annotated[float, typer.Option(help="Of the layers, how many are streamed.")] = 0.5,
+    source: Annotated[str, typer.Option(help="Where they come from: image (DRAM) or disk.")] = "image",
+    steps: Annotated[int, typer.Option(min=1, help="Tokens a measurement.")] = 48,
+    rounds: Annotated[int, typer.Option(min=1, help="Fresh processes per contender.")] = 2,
+    limit: Annotated[float, typer.Option(min=0.1, help="Seconds a measurement may take.")] = 15.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds a turn may take.")] = 300.0,
+    peers: Annotated[str, typer.Option(help="Whom to measure beside MBALL, by commas: accelerate.")] = "accelerate",
+    json: Annotated[Path | None, typer.Option(help="Write every round here, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot here: PLOT.svg and PLOT.png.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table, machine and versions here.")] = None,
+) -> None:
+    """A model with a part of its layers streamed, against what computing and the bus allow, and against accelerate."""
+    from mball.bench.layers import Settings, run_layers
+
+    settings = Settings(device, share, source, steps, rounds, limit, timeout, _words(peers))
+    run_layers(model, settings, json_path=json, plot_path=plot, markdown_path=markdown, console=Console())
+
+
+@app.command()
 def chaos(
     models: Annotated[
         list[Path] | None, typer.Argument(help="Models' folders, in float32. Default: three small random ones.")
