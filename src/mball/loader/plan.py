@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from mball.units import MiB
+
+if TYPE_CHECKING:  # the manager reads sizes by this module, and starts without torch
+    import torch
 
 CHUNK_BYTES = 8 * MiB
 """The most one read takes: large enough for the disk and the bus, small enough to share among threads."""
