@@ -86,6 +86,10 @@ def revision(spec: WorkerSpec) -> str:
     Files count by name, size and time of change, so that nothing large is read. Blocks.
     """
     options = {name: value for name, value in zip(spec.__slots__, astuple(spec), strict=True) if name in _MATTERS}
+    if spec.resident_layers is not None:
+        options["resident_layers"] = spec.resident_layers
+    if spec.resident_layers == "auto":
+        options["device_memory_bytes"] = spec.device_memory_bytes
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for file in sorted(_files(Path(spec.path))):
         try:
@@ -108,8 +112,6 @@ _MATTERS = frozenset(
         "max_num_batched_tokens",
         "block_size",
         "kv_cache_bytes",
-        "resident_layers",
-        "device_memory_bytes",
     }
 )
 

@@ -215,9 +215,12 @@ class Manager:
         Raises UnknownModel, InvalidRequest where it can't do without so much, TransitionError.
         """
         model = self._model(name)
-        kv_bytes = model.needs.kv_bytes if model.needs is not None else nbytes + 1
-        if nbytes < 0 or (nbytes and nbytes >= kv_bytes):
-            most = f"its KV pool has {format_bytes(kv_bytes)}, which are not to be given up whole"
+        needs, whose = model.needs, "its KV pool has"
+        most_bytes = needs.kv_bytes if needs is not None else nbytes + 1
+        if needs is not None and model.spec.worker.resident_layers is not None:
+            most_bytes, whose = most_bytes + needs.weights_bytes, "its KV pool and its weights have"
+        if nbytes < 0 or (nbytes and nbytes >= most_bytes):
+            most = f"{whose} {format_bytes(most_bytes)}, which are not to be given up whole"
             raise InvalidRequest(f"{name}: {format_bytes(nbytes)} for the balloon: {most}", param="bytes")
         before, model.balloon_bytes = model.balloon_bytes, nbytes
         if not model.on_device:

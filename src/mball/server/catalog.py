@@ -84,6 +84,7 @@ def model_spec(model: ModelConfig, config: Config) -> ModelSpec:
         kv_cache_bytes=model.kv_cache_memory_bytes,
         threads=config.threads,
         trust_remote_code=model.trust_remote_code,
+        resident_layers=model.resident_layers,
     )
     return ModelSpec(
         worker,

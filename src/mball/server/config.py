@@ -61,6 +61,11 @@ class ModelConfig(BaseModel):
     kv_cache_memory_bytes: ConfigSize | None = Field(
         default=None, description="Size of the KV pool; by default chosen."
     )
+    resident_layers: Literal["auto"] | Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Layers that stay on the device while the others are streamed through it: a number, or auto for as "
+        "many as fit; by default the whole model has to.",
+    )
     pinned: bool = Field(default=False, description="Once on the device, never demoted.")
     preload: bool = Field(default=False, description="Bring it in at start, before the first request.")
     priority: int = Field(
