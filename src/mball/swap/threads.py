@@ -68,6 +68,8 @@ class Threads:
             self._work.notify_all()
         for _, future in waiting:
             future.cancel()
+            # Only then do those who wait for it hear of it.
+            future.set_running_or_notify_cancel()
         end = time.monotonic() + deadline_s
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
