@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 
 from mball.errors import ConfigError
 from mball.memory.events import Events
@@ -18,6 +17,9 @@ from mball.units import format_bytes
 _ADVANTAGE = 2.0
 """By how much another device must be better for a model that has one already: figures waver."""
 
+_WEIGH_S = 0.2
+"""Those that wait long are weighed no oftener: each time is a plan on every device."""
+
 
 class Devices:
     """A model belongs to one device at any time. Its process stays where it began; a model that has none is given a
@@ -30,6 +32,7 @@ class Devices:
         self._events = events
         self._slots: list[Slot] = []
         self._placed: set[str] = set()
+        self._weighed_s = float("-inf")
 
     @property
     def models(self) -> Iterable[Model]:
@@ -78,14 +81,21 @@ class Devices:
         for slot in self._slots:
             slot.scheduler.wake()
 
-    def gather(self, now: float) -> None:
-        """Gives those that wait for a start their devices, the oldest first."""
+    def gather(self, now: float) -> float:
+        """Gives those that wait for a start their devices, the oldest first; those that have one are weighed anew now
+        and then. Returns in how many seconds to call again, if nothing changes before."""
         if len(self._slots) == 1:
-            return
+            return float("inf")
         waiting = [m for m in self._models.values() if self._waits(m, now)]
         self._placed &= {m.name for m in waiting}
+        if not waiting:
+            return float("inf")
+        if weigh := now - self._weighed_s >= _WEIGH_S:
+            self._weighed_s = now
         for model in sorted(waiting, key=lambda m: (-m.queue.oldest_wait_s(now), m.number)):
-            home, best = self.of(model), self._best(model, now)
+            if model.name in self._placed and not weigh:
+                continue
+            home, best = self.of(model), self._best(model)
             fresh = model.name not in self._placed
             self._placed.add(model.name)
             if best is not home:
@@ -95,28 +105,26 @@ class Devices:
             if fresh or best is not home:
                 room = format_bytes(best.ledger.free_bytes)
                 self._events.record("placed", model.name, f"on {best.name}, where {room} are free", device=best.name)
+        return max(0.0, self._weighed_s + _WEIGH_S - now)
 
-    def better(self, model: Model, now: float) -> Slot | None:
-        """Where a start would serve a model sooner, or at less cost to others, than waking its worker where it sleeps;
-        None where that is not so. A request that waits counts as one a second, as with the planner."""
-        start_s = model.figures.start_s.value
-        home = self.of(model)
+    def better(self, model: Model) -> Slot | None:
+        """Where there is room, and a start would serve a model sooner or at less cost to others than waking its worker
+        where it sleeps; None where that is not so. A request that waits counts as one a second, as with the planner."""
+        start_s, home, needed = model.figures.start_s.value, self.of(model), model.needed_bytes
         others = [slot for slot in self.allowed(model) if slot is not home and slot.lost is None]
-        if start_s is None or not others:
+        roomy = [slot for slot in others if self._room(slot, model).free_bytes >= needed]
+        if start_s is None or not roomy:
             return None
-        c, here = model.candidate(0), self._room(home, model, now)
-        asked = Demand(model.name, model.needed_bytes, c.oldest_wait_s, self._settings.max_wait_s, priority=c.priority)
-        found = place([self._room(slot, model, now) for slot in others], asked)
-        if found is None:
-            return None
-        lacking = replace(asked, nbytes=asked.nbytes - home.ledger.held(model.name))
-        stays = place([here], lacking)
+        c, here = model.candidate(0), self._room(home, model)
+        lacking_bytes = needed - home.ledger.held(model.name)
+        demand = Demand(model.name, lacking_bytes, c.oldest_wait_s, self._settings.max_wait_s, priority=c.priority)
+        stays = place([here], demand)
         if stays is None:
-            wait_s = next_change_s(here, lacking)
+            wait_s = next_change_s(here, demand)
             sooner = wait_s is None or wait_s > start_s
         else:
-            sooner = stays.cost > found.cost + (c.rate + c.queued) * start_s
-        return others[found.devices[0]] if sooner else None
+            sooner = stays.cost > (c.rate + c.queued) * start_s
+        return min(roomy, key=lambda slot: self._room(slot, model).free_bytes) if sooner else None
 
     def _waits(self, model: Model, now: float) -> bool:
         """For a start that has not begun."""
@@ -129,14 +137,14 @@ class Devices:
             and model.not_before_s <= now
         )
 
-    def _best(self, model: Model, now: float) -> Slot:
+    def _best(self, model: Model) -> Slot:
         allowed = [slot for slot in self.allowed(model) if slot.lost is None] or self.allowed(model)
         fitting = [slot for slot in allowed if model.certain_bytes <= slot.ledger.limit_bytes]
         if not fitting:
             return max(allowed, key=lambda slot: slot.ledger.limit_bytes)
         home = self.of(model)
         stays = home if home in fitting and model.name in self._placed else None
-        room = {slot.name: self._room(slot, model, now) for slot in fitting}
+        room = {slot.name: self._room(slot, model) for slot in fitting}
         roomiest = max(fitting, key=lambda slot: room[slot.name].free_bytes)
         if not model.needed_bytes:  # nothing is known of it yet
             return stays or roomiest
@@ -151,7 +159,7 @@ class Devices:
             return stays
         return fitting[found.devices[0]]
 
-    def _room(self, slot: Slot, model: Model, now: float) -> Snapshot:
+    def _room(self, slot: Slot, model: Model) -> Snapshot:
         """A device as it will be once those have come that are to come there."""
         others = [m for m in slot.models.values() if m is not model]
         coming = [m for m in others if not m.on_device and self._comes(m)]

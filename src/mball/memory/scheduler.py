@@ -88,14 +88,14 @@ class Scheduler:
 
     def _step(self, now: float) -> float:
         """Begins what can begin now. Returns in how many seconds to look again if nothing changes before."""
-        self._devices.gather(now)
+        gather_s = self._devices.gather(now)
         wanting = [m for m in self._models.values() if len(m.queue) or m.wanted]
         for model in wanting:
             if self._slot.lost is not None and model.settled and not model.on_device:
                 why = f"{model.name}: its device does not answer: {self._slot.lost}"
                 self._refuse(model, ModelFailed, why, self._settings.cool_down_s)
             elif model.settled and not model.on_device and model.not_before_s <= now:
-                self._give_up_if_hopeless(model, now)
+                self._give_up_if_hopeless(model)
         decision = decide(self._look(now), self._settings)
         for name in decision.gone:
             self._went(self._models[name])
@@ -118,7 +118,7 @@ class Scheduler:
             leaving = [self._models[move.model] for move in decision.bring.moves if move.kind != "balloon"]
             self._begin(self._bring(model, decision.bring), [model, *leaving])
         self._gate(decision.gates, now)
-        return decision.again_s
+        return min(decision.again_s, gather_s)
 
     def _look(self, now: float) -> Look:
         return Look(
@@ -158,7 +158,7 @@ class Scheduler:
             filling=model.name in self._filling,
         )
 
-    def _give_up_if_hopeless(self, model: Model, now: float) -> None:
+    def _give_up_if_hopeless(self, model: Model) -> None:
         """What no plan here can help: too many failures, too large, better off elsewhere, or a worker that can't be
         stopped."""
         match model.state.process:
@@ -171,7 +171,7 @@ class Scheduler:
                     self._fail(model, does_not_fit(model, most), fits=False)
                 else:
                     self._leave(model, "it is too large for this device, and another has room")
-            case Process.ALIVE if (better := self._devices.better(model, now)) is not None:
+            case Process.ALIVE if (better := self._devices.better(model)) is not None:
                 self._leave(model, f"a start on {better.name} serves it sooner")
             case Process.STOPPING:
                 model.not_before_s = time.monotonic() + self._settings.cool_down_s
