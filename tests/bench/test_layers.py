@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from mball.bench.baselines import DISK_DIRECT
 from mball.bench.cli import app
 from mball.bench.layers import Settings, run_layers
 from mball.bench.layers_contenders import ACCELERATE, MBALL
@@ -32,7 +33,9 @@ def test_a_small_model(model: Path, tmp_path: Path, source: str) -> None:
     data, console = tmp_path / "layers.json", Console(file=io.StringIO(), width=160)
     settings = Settings(source=source, steps=20, rounds=1, share=0.5, limit_s=20)
     report = run_layers(model, settings, json_path=data, markdown_path=tmp_path / "layers.md", console=console)
-    ours, peer = report.outcomes
+    ours, peer, *hardware = report.outcomes
+    assert [outcome.name for outcome in hardware] == ([DISK_DIRECT] if source == "disk" else [])
+    assert all(outcome.rounds for outcome in hardware), hardware
     assert (ours.name, ours.not_run) == (MBALL, None)
     assert ours.facts["streamed"] == "4 of 8 layers"
     assert ours.facts["compared_tokens"] == 32

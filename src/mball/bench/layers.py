@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mball.bench import machine, pagecache
+from mball.bench import contenders, machine, pagecache
+from mball.bench.baselines import BUS, DISK_DIRECT
 from mball.bench.layers_contenders import ACCELERATE, MBALL, Spec
 from mball.bench.report import Column, Report, Spread, markdown, plot, table, to_json
 from mball.bench.runner import Contender, Outcome, run
@@ -119,6 +120,16 @@ def _of(outcome: Outcome, measure: str, scale: float = 1.0) -> list[float]:
     return [measures[measure] * scale for measures in outcome.rounds if measure in measures]
 
 
+def _way(outcome: Outcome) -> list[float]:
+    """GiB/s with nothing else to do: the hardware's, or MBALL's own."""
+    raw = [
+        measures["bytes"] / measures.get("steady_s", measures["first_s"])
+        for measures in outcome.rounds
+        if "bytes" in measures
+    ]
+    return [rate / GiB for rate in raw] or _of(outcome, "raw_bytes_s", 1 / GiB)
+
+
 def _ratios(outcome: Outcome) -> list[float]:
     return [measures["step_s"] / measures["bound_s"] for measures in outcome.rounds if measures.get("bound_s")]
 
@@ -127,7 +138,7 @@ COLUMNS = (
     Column("streamed", lambda o: str(o.facts.get("streamed", ""))),
     Column("GiB there", lambda o: _spread(o, "weights_bytes", 1 / GiB)),
     Column("all there, ms", lambda o: _spread(o, "resident_step_s", 1e3)),
-    Column("way, GiB/s", lambda o: _spread(o, "raw_bytes_s", 1 / GiB)),
+    Column("way, GiB/s", lambda o: str(Spread.of(_way(o))) if _way(o) else ""),
     Column("bound, ms", lambda o: _spread(o, "bound_s", 1e3)),
     Column("step, ms", lambda o: _spread(o, "step_s", 1e3)),
     Column("÷ bound", lambda o: str(Spread.of(_ratios(o))) if _ratios(o) else ""),
@@ -141,8 +152,10 @@ def _verdicts(report: Report) -> list[str]:
     if ours is not None:
         ratio = Spread.of(_ratios(ours)).median
         found.append(f"A step takes {ratio:.2f} × the longer of computing and the way (wanted: 1.12 at most).")
-        rate = Spread.of(_of(ours, "streamed_bytes_s")).median / Spread.of(_of(ours, "raw_bytes_s")).median
-        found.append(f"Streaming goes at {rate:.2f} of the way's own rate (wanted from a disk: 0.90).")
+    hardware = next((row for name in (BUS, DISK_DIRECT) if (row := report.outcome(name)) is not None), None)
+    if ours is not None and hardware is not None:
+        rate = Spread.of(_of(ours, "streamed_bytes_s", 1 / GiB)).median / Spread.of(_way(hardware)).median
+        found.append(f"Layers come at {rate:.2f} of the rate of the {hardware.name} (wanted of a disk: 0.90).")
     if ours is not None and peer is not None:
         times = Spread.of(_of(ours, "tokens_s")).median / Spread.of(_of(peer, "tokens_s")).median
         found.append(f"{times:.1f} × the tokens/s of {ACCELERATE} with the same bytes of weights there (wanted: 5).")
@@ -198,7 +211,21 @@ def _contenders(
             before = (lambda: None) if settings.source == "disk" else (lambda: pagecache.warm(shards))
             return Contender(name, spec.command(), before=before, compared=False, pass_fds=fds)
 
-        yield [contender(MBALL, fds), *(contender(PEERS[peer], ()) for peer in settings.peers)]
+        hardware = contenders.Spec(BUS if fds else DISK_DIRECT, str(model_path), device=device)
+        alone = [
+            Contender(
+                hardware.contender,
+                hardware.command(),
+                before=(lambda: None) if fds else (lambda: pagecache.drop(shards)),
+                compared=False,
+            )
+        ]
+        yield [
+            contender(MBALL, fds),
+            *(contender(PEERS[peer], ()) for peer in settings.peers),
+            # On the CPU an image is memory already.
+            *(alone if device != "cpu" or not fds else []),
+        ]
     finally:
         for fd in fds:
             os.close(fd)

@@ -17,16 +17,21 @@ from mball.device.mapping import Mapping
 from mball.errors import RegistrationFailed
 from mball.loader.checkpoint import Checkpoint
 from mball.loader.plan import Extent, grouped
-from mball.loader.registered import IMAGES, PIECE_BYTES, RegisteredImage
+from mball.loader.registered import IMAGES, RegisteredImage
 from mball.loader.ring import warn_once
 from mball.loader.workers import STALL_S
 from mball.swap.layers_read import Readers, Reading
-from mball.units import GiB
+from mball.units import GiB, MiB
 
 AHEAD_BYTES = 1 * GiB
 """Pinned host memory for layers that are read ahead of their turn, where LEAST_AHEAD of them do not need more."""
 
 LEAST_AHEAD = 2
+MOST_AHEAD = 16
+
+COPY_BYTES = 16 * MiB
+"""One copy of the bus: large enough for its full rate, and what a step copies beside it waits for no more than one. A
+piece of an image that is registered together is a multiple of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,9 +256,10 @@ class CudaCopier:
 
 
 def _copies(parts: Parts, shifts: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Byte of the image, byte of the cell, count: none reaches over two pieces that are registered apart."""
+    """Byte of the image, byte of the cell, count: none is larger than COPY_BYTES, or lies in two pieces of the image
+    that are registered apart."""
     copies: list[tuple[int, int, int]] = []
-    for chunk in grouped(parts.extents, PIECE_BYTES, shifts):
+    for chunk in grouped(parts.extents, COPY_BYTES, shifts):
         at = chunk.start + shifts[chunk.shard]
         for extent in chunk.extents:
             copies.append((at, extent.offset, extent.nbytes))
@@ -317,7 +323,7 @@ class _Buffers:
     _given: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
-        for _ in range(max(LEAST_AHEAD, AHEAD_BYTES // max(1, self.nbytes))):
+        for _ in range(max(LEAST_AHEAD, min(MOST_AHEAD, AHEAD_BYTES // max(1, self.nbytes)))):
             self._all.append(self._make())
         self._free.extend(self._all)
 
