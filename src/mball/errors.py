@@ -248,7 +248,7 @@ class SwapRefused(SwapError):
 
 
 class SwapMiss(SwapError):
-    """Bytes are not there, or can't be trusted. `reason` names the counter: absent, stale, checksum, io, busy, closed."""
+    """Bytes are not there, or can't be trusted. `reason` is its counter: absent, stale, checksum, io, busy, closed."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(f"swap: miss ({reason}): {message}")

@@ -26,7 +26,6 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -168,11 +167,11 @@ def build_tiny(geometry: KVGeometry, device: torch.device) -> torch.nn.Module:
         num_key_value_heads=geometry.num_kv_heads,
         head_dim=geometry.head_dim,
         vocab_size=2048,
-        dtype=geometry.dtype,
-        attn_implementation=attention.NAME,
     )
-    module: torch.nn.Module = LlamaForCausalLM(config)
-    return module.to(device, geometry.dtype).eval()
+    module: torch.nn.Module = AutoModelForCausalLM.from_config(
+        config, dtype=geometry.dtype, attn_implementation=attention.NAME
+    )
+    return module.to(device).eval()
 
 
 def _build(
