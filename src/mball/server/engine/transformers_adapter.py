@@ -168,9 +168,8 @@ def build_tiny(geometry: KVGeometry, device: torch.device) -> torch.nn.Module:
         head_dim=geometry.head_dim,
         vocab_size=2048,
     )
-    module: torch.nn.Module = AutoModelForCausalLM.from_config(
-        config, dtype=geometry.dtype, attn_implementation=attention.NAME
-    )
+    auto: Any = AutoModelForCausalLM
+    module: torch.nn.Module = auto.from_config(config, dtype=geometry.dtype, attn_implementation=attention.NAME)
     return module.to(device).eval()
 
 
