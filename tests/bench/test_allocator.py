@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def options(tmp_path: Path) -> Options:
 
 def test_every_stage_is_measured_and_judged(options: Options, tmp_path: Path) -> None:
     run_allocator(
-        options, peer=False, json_path=tmp_path / "a.json", markdown_path=tmp_path / "a.md", console=Console(quiet=True)
+        options, vllm=None, json_path=tmp_path / "a.json", markdown_path=tmp_path / "a.md", console=Console(quiet=True)
     )
     written = json.loads((tmp_path / "a.json").read_text())
     results, verdicts = written["results"], {check["name"]: check["holds"] for check in written["checks"]}
@@ -84,7 +85,7 @@ async def test_servers_that_fail_and_those_that_answer_are_told_apart(
     package.mkdir(parents=True)
     (package / "api_server.py").write_text(VLLM.format(fails=fails))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    found = await allocator_peers.vllm_together(dataclasses.replace(options, together=2))
+    found = await allocator_peers.vllm_together(dataclasses.replace(options, together=2), Path(sys.executable))
     assert len(found.ready_s) == (0 if fails else 2)
     assert len(found.failures) == found.collisions() == (2 if fails else 0)
     assert all("ValueError: Free memory on device" in failure for failure in found.failures)

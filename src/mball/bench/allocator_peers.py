@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -41,13 +40,13 @@ class _Server:
         return [*errors, *lines[-1:], "it said nothing"][0].strip()[-300:]
 
 
-async def vllm_together(options: Options) -> Together:
-    """`vllm serve` as often as there are models, each with `gpu_memory_utilization` for the same share."""
+async def vllm_together(options: Options, python: Path) -> Together:
+    """vLLM's server, run by that interpreter, as often as there are models; each is told its share."""
     device = open_device(options.device)
     found = Together()
     with tempfile.TemporaryDirectory(prefix="mball-bench-") as folder:
         began = time.monotonic()
-        servers = [await _start(options, device, number, Path(folder)) for number in range(options.together)]
+        servers = [await _start(python, options, device, number, Path(folder)) for number in range(options.together)]
         try:
             await _watch(servers, device, options.share_bytes, found, began)
         finally:
@@ -61,10 +60,10 @@ async def vllm_together(options: Options) -> Together:
     return found
 
 
-async def _start(options: Options, device: Device, number: int, folder: Path) -> _Server:
+async def _start(python: Path, options: Options, device: Device, number: int, folder: Path) -> _Server:
     port, log = _free_port(), (folder / f"{number}.log").open("w+b")
     share = options.share_bytes / device.total_bytes
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.model)]
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(options.model)]
     command += ["--gpu-memory-utilization", f"{share:.3f}", "--max-model-len", "1024", "--enforce-eager"]
     command += ["--port", str(port)]
     process = await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log, start_new_session=True)

@@ -30,7 +30,7 @@ DELAYED = 1.25
 
 
 def run_allocator(
-    options: Options, *, peer: bool, json_path: Path | None, markdown_path: Path | None, console: Console
+    options: Options, *, vllm: Path | None, json_path: Path | None, markdown_path: Path | None, console: Console
 ) -> bool:
     """Whether every promise held. What is measured is written as soon as it is."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
@@ -40,7 +40,7 @@ def run_allocator(
         "schema": SCHEMA,
         "benchmark": "allocator",
         "machine": describe(options.device.partition("@")[0]),
-        "versions": versions(["torch", "transformers", *(["vllm"] if peer else [])]),
+        "versions": versions(["torch", "transformers", "vllm"]),
         "command": shlex.join(["mball", *sys.argv[1:]]),
         "options": {key: str(value) for key, value in asdict(options).items()},
     }
@@ -61,9 +61,9 @@ def run_allocator(
     with console.status("switches"):
         turns = asyncio.run(switches(options, at_once.needed_bytes))
         add("switches", turns, _of_switches(turns))
-    if peer:
+    if vllm is not None:
         with console.status("vLLM"):
-            stock = asyncio.run(vllm_together(options))
+            stock = asyncio.run(vllm_together(options, vllm))
             add("vllm", stock, [_of_peer(stock)])
     table = Table("", "measured", "promised", "")
     for check in checks:
