@@ -122,7 +122,9 @@ def allocator(
     dram: Annotated[str, typer.Option(help="For images.")] = "40GiB",
     kills: Annotated[int, typer.Option(min=1)] = 20,
     switches: Annotated[int, typer.Option(min=2)] = 20,
-    peer: Annotated[bool, typer.Option("--peer", help="Start as many vLLM servers at once, too.")] = False,
+    vllm: Annotated[
+        Path | None, typer.Option(help="A Python that has vLLM: as many of its servers are started at once, too.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write everything here, as JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
 ) -> None:
@@ -140,7 +142,7 @@ def allocator(
         kills=kills,
         switches=switches,
     )
-    if not run_allocator(options, peer=peer, json_path=json, markdown_path=markdown, console=Console()):
+    if not run_allocator(options, vllm=vllm, json_path=json, markdown_path=markdown, console=Console()):
         raise typer.Exit(1)
 
 
@@ -164,6 +166,28 @@ def layers(
 
     settings = Settings(device, share, source, steps, rounds, limit, timeout, _words(peers))
     run_layers(model, settings, json_path=json, plot_path=plot, markdown_path=markdown, console=Console())
+
+
+@app.command()
+def swap(
+    store: Annotated[bool, typer.Option("--store", help="The store against the raw disk at its best depth.")] = False,
+    folder: Annotated[Path, typer.Option(help="A folder on the disk to measure.")] = Path(),
+    size: Annotated[str, typer.Option(help="Bytes that are written and read; the disk needs twice that.")] = "2GiB",
+    slot: Annotated[str, typer.Option(help="Bytes of a slot.")] = "2MiB",
+    depths: Annotated[str, typer.Option(help="Raw calls in flight, by commas.")] = "1,2,4,8,16",
+    threads: Annotated[int, typer.Option(min=2, help="The store's threads.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Fresh processes per contender.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="Write every round here, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot here: PLOT.svg and PLOT.png.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table, machine and versions here.")] = None,
+) -> None:
+    """What swapping to a disk costs, against what the disk can do."""
+    from mball.bench.swap_store import Settings, run_store
+
+    if not store:
+        raise ConfigError("say what to measure: --store")
+    settings = Settings(folder, _size(size), _size(slot), _numbers("--depths", depths), threads, rounds)
+    run_store(settings, json_path=json, plot_path=plot, markdown_path=markdown, console=Console())
 
 
 @app.command()
@@ -202,7 +226,18 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _cores(text: str) -> tuple[int, ...]:
+    return _numbers("--cores", text)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in _words(text))
     except ValueError:
-        raise ConfigError(f"--cores: numbers by commas, not {text!r}") from None
+        raise ConfigError(f"{option}: numbers by commas, not {text!r}") from None
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
