@@ -22,8 +22,8 @@ from mball.units import MiB
 PART_BYTES = 4 * MiB
 """One read: enough for a disk, small enough that several threads share a layer."""
 
-_CACHED_SHARE = 0.9
-"""Bytes that are in the page cache to that part are read from there."""
+_CACHED_SHARE = 1.0
+"""Bytes that are in the page cache to that part are read from there: to read the rest so would leave it there."""
 
 
 class Reading:
@@ -78,6 +78,8 @@ class Readers:
     def __init__(self, checkpoint: Checkpoint, image_fd: int | None, threads: int) -> None:
         """Raises ReadError."""
         self._source = Source(checkpoint, image_fd)
+        # What the kernel read ahead would look as if it had been there before, and the whole file would come in.
+        self._source.no_readahead()
         self._cancel = threading.Event()
         self._own = threading.local()
         self._open: list[Reading] = []
