@@ -126,11 +126,6 @@ class Source:
             found += [self.resident_share(number, at, _SAMPLE_BYTES) for at in range(0, shard.size_bytes, step)]
         return sum(1.0 if share is None else share for share in found) >= len(found) / 2
 
-    def no_readahead(self) -> None:
-        """Reads through the page cache bring what they ask for, and nothing that follows it."""
-        for fd in self._fds:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-
     def drop(self, shard: int, start: int, nbytes: int) -> None:
         """Let the page cache forget these bytes of a shard's file."""
         if self._image_fd is None:

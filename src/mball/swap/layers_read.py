@@ -22,8 +22,8 @@ from mball.units import MiB
 PART_BYTES = 4 * MiB
 """One read: enough for a disk, small enough that several threads share a layer."""
 
-_CACHED_SHARE = 1.0
-"""Bytes that are in the page cache to that part are read from there: to read the rest so would leave it there."""
+_CACHED_SHARE = 0.9
+"""Bytes that are in the page cache to that part are read from there, where most of the files is."""
 
 
 class Reading:
@@ -72,14 +72,15 @@ class Reading:
 
 
 class Readers:
-    """Reads layers in the order in which they were asked for, from the image where there is one, else past the page
-    cache from the shards."""
+    """Reads layers in the order in which they were asked for, from the image where there is one, else from the shards:
+    past the page cache, unless most of them is there."""
 
     def __init__(self, checkpoint: Checkpoint, image_fd: int | None, threads: int) -> None:
         """Raises ReadError."""
         self._source = Source(checkpoint, image_fd)
-        # What the kernel read ahead would look as if it had been there before, and the whole file would come in.
-        self._source.no_readahead()
+        # Asked once: a read of cached pages lets the kernel read ahead, and what that brings would look as if it had
+        # been there before, until all of a file is.
+        self._warm = self._source.mostly_resident()
         self._cancel = threading.Event()
         self._own = threading.local()
         self._open: list[Reading] = []
@@ -111,7 +112,7 @@ class Readers:
             raise Cancelled("the layers are wanted no more")
         reading.part_begins()
         source = self._source
-        cached = (source.resident_share(part.shard, part.start, part.nbytes) or 0.0) >= _CACHED_SHARE
+        cached = self._warm and (source.resident_share(part.shard, part.start, part.nbytes) or 0.0) >= _CACHED_SHARE
         if cached or part.cast is not None or not self._past_the_cache(part, target):
             lane = HostLane(target)
             source.read_extent(lane.buffer(part), part)

@@ -335,7 +335,7 @@ def test_a_model_runs_in_a_fraction_of_its_size(tmp_path: Path) -> None:
     # Two slots of ten layers, the buffers that the threads read through, and what computing takes.
     assert results[0]["peak"] < 0.4 * nbytes, (results[0]["peak"] / MiB, nbytes / MiB)
     # What the kernel reads ahead of the resident part stays, some tens of MiB here.
-    assert not forgotten or cached < 0.75 * nbytes, "the page cache was filled with what passed through"
+    assert not forgotten or cached < 0.3 * nbytes, "the page cache was filled with what passed through"
 
 
 def _forget(file: Path) -> bool:
