@@ -100,7 +100,7 @@ def test_layers_go_and_come_and_change_their_source_while_a_sequence_runs(
     path: Path, image_fd: int, engine_for: EngineFor
 ) -> None:
     plain = engine_for(path, **ON_GPU)
-    options = {"max_tokens": 300, "logprobs": 3, "temperature": 0.8, "seed": 3}
+    options = {"max_tokens": 80, "logprobs": 3, "temperature": 0.8, "seed": 3}
     expected = [o.logprob for o in Run(plain, "plain", MIXED[2], **options).wait().outputs]
     plain.demote()
     engine = engine_for(path, resident_layers="auto", promote=False, **ON_GPU)

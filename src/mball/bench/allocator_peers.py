@@ -36,7 +36,7 @@ class _Server:
     def last_words(self) -> str:
         self.log.seek(0)
         lines = self.log.read().decode(errors="replace").splitlines()
-        errors = [line for line in lines if _ERROR.search(line)]
+        errors = [line for line in lines if _ERROR.search(line) and "WARNING" not in line]
         return [*errors, *lines[-1:], "it said nothing"][0].strip()[-300:]
 
 

@@ -7,7 +7,6 @@ import json
 import logging
 import shlex
 import statistics
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ def run_allocator(
         "benchmark": "allocator",
         "machine": describe(options.device.partition("@")[0]),
         "versions": versions(["torch", "transformers", "vllm"]),
-        "command": shlex.join(["mball", *sys.argv[1:]]),
+        "command": _command(options, vllm),
         "options": {key: str(value) for key, value in asdict(options).items()},
     }
 
@@ -74,6 +73,14 @@ def run_allocator(
     return all(check.holds for check in checks)
 
 
+def _command(options: Options, vllm: Path | None) -> str:
+    words = ["mball", "bench", "allocator", options.model.name, options.large.name]
+    words += ["--share", f"{options.share_bytes}", "--device", options.device]
+    words += ["--kv", f"{options.kv_bytes}", "--dram", f"{options.dram_bytes}"]
+    words += ["--kills", str(options.kills), "--switches", str(options.switches)]
+    return shlex.join([*words, *(["--vllm", "PYTHON"] if vllm is not None else [])])
+
+
 def _of_together(found: Together) -> list[Check]:
     return [
         Check(
@@ -87,8 +94,9 @@ def _of_together(found: Together) -> list[Check]:
 
 def _of_peer(found: Together) -> Check:
     over = f", {format_bytes(found.over_bytes)} over its share" if found.over_bytes > 0 else ""
-    why = f": {found.failures[0]}" if found.failures else ""
-    measured = f"{found.collisions()} ({len(found.failures)} failed{over}) in {found.seconds:.0f} s{why}"
+    measured = (
+        f"{found.collisions()} ({len(found.failures)} failed{over}); the last was ready after {found.seconds:.0f} s"
+    )
     # A peer's figure is shown, not judged.
     return Check(f"vLLM: {len(found.held_bytes)} servers started at once", measured, "", holds=True)
 
