@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from rich.console import Console
 
 from mball.bench import allocator_peers
@@ -31,6 +33,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 assert float(options["--gpu-memory-utilization"]) == 0.25, options
 http.server.HTTPServer(("127.0.0.1", int(options["--port"])), Handler).serve_forever()
 """
+
+
+@pytest.fixture(autouse=True)
+def _logging_comes_back() -> Iterator[None]:
+    """The benchmark silences it for its process, which here goes on."""
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
 
 
 @pytest.fixture

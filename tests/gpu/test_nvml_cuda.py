@@ -8,8 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from mball.device import nvml
 from mball.device.device import open_devices
 from mball.units import GiB, MiB
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not nvml.gpus(), reason="no NVIDIA GPU")]
 
 _HOLD = "import torch; x = torch.zeros(1 << 30, dtype=torch.uint8, device='cuda'); print(flush=True); input()"
 
@@ -34,7 +37,6 @@ def holders() -> Iterator[list[int]]:
         process.communicate(b"\n")
 
 
-@pytest.mark.gpu
 def test_a_stranger_is_told_from_ours_and_nothing_is_hidden(holders: list[int]) -> None:
     device = open_devices(["cuda"])[0]
     ours, other = holders
