@@ -72,8 +72,8 @@ def answers(engine: GenerateEngine, count: int = 24) -> list[Any]:
 
 
 def layers_of(engine: GenerateEngine) -> Any:
-    assert engine._weights.layers is not None
-    return engine._weights.layers
+    assert engine._weights.streamed is not None
+    return engine._weights.streamed
 
 
 @pytest.mark.parametrize("resident", [0, 1, 5, LAYERS])

@@ -268,7 +268,7 @@ def test_slots_are_chosen_anew_once_steps_were_measured(path: Path) -> None:
     for _ in range(12):
         toy.step()
         time.sleep(0.003)
-    rates = weights._stream._watch.rates
+    rates = weights._layer_stream._watch.rates
     assert rates is not None
     assert rates.idle_s > 0.002
     assert weights.layout == layout(NUM, 5, rates)

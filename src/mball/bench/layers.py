@@ -77,7 +77,7 @@ def run_layers(
     settings.check()
     checkpoint = Checkpoint.open(model_path)
     sizes = _sizes(model_path, checkpoint)
-    cells = max(LEAST_SLOTS, sizes.num_layers - round(settings.share * sizes.num_layers) + LEAST_SLOTS)
+    cells = max(LEAST_SLOTS, sizes.count - round(settings.share * sizes.count) + LEAST_SLOTS)
     report = _report(model_path, checkpoint, settings, sizes)
 
     def keep(outcomes: list[Outcome]) -> None:
@@ -172,7 +172,7 @@ def _report(model_path: Path, checkpoint: Checkpoint, settings: Settings, sizes:
         started=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         machine=machine.describe("cuda:0" if settings.device != "cpu" else "cpu"),
         versions=machine.versions(_PACKAGES),
-        subject={"layers": sizes.num_layers, "layer bytes": sizes.cell_bytes, "bytes": checkpoint.nbytes},
+        subject={"layers": sizes.count, "layer bytes": sizes.cell_bytes, "bytes": checkpoint.nbytes},
         outcomes=[],
         notes=[
             "A step: the median time between two tokens of one sequence; all there: the same with every layer on the "

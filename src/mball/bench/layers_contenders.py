@@ -60,6 +60,7 @@ def mball(spec: Spec) -> dict[str, Any]:
     from mball.memory.spec import WorkerSpec
     from mball.server.engine import open_engine
     from mball.server.engine.engine import GenerateEngine
+    from mball.swap.layers import LayeredWeights
 
     threads = 2 if spec.device == "cpu" else 1
     worker = WorkerSpec(
@@ -72,9 +73,9 @@ def mball(spec: Spec) -> dict[str, Any]:
         resident_layers="auto",
     )
     engine = open_engine(worker, OpenAccount())
-    if not isinstance(engine, GenerateEngine) or engine._weights.layers is None:
+    layers = engine._weights.streamed
+    if not isinstance(engine, GenerateEngine) or not isinstance(layers, LayeredWeights):
         raise Cannot("the model has no layers to stream")
-    layers = engine._weights.layers
     num_layers = layers.layout.num_layers
     try:
         engine.promote(spec.image_fd)
@@ -108,7 +109,7 @@ def mball(spec: Spec) -> dict[str, Any]:
                 "streamed": f"{len(layout.streamed)} of {num_layers} layers",
                 "slots": layout.slots,
                 "compared_tokens": same,
-                "image": "registered" if getattr(layers._stream._copier, "_image", None) else "read by threads",
+                "image": "registered" if getattr(layers._layer_stream._copier, "_image", None) else "read by threads",
             },
         }
     finally:
@@ -228,7 +229,7 @@ def _raw_rate(engine: Any, spec: Spec) -> float:
     rates: list[float] = []
 
     def measure() -> None:
-        stream = engine._weights.layers._stream
+        stream = engine._weights.streamed._layer_stream
         stream._settle()
         copier, cells = stream._copier, stream._cells
         for _ in range(_RAW_PASSES):

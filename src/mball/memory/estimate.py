@@ -14,7 +14,7 @@ from typing import Any
 from mball.errors import CheckpointError
 from mball.loader.checkpoint import Checkpoint
 from mball.memory.spec import WorkerSpec
-from mball.swap.layers_plan import Sizes, cells_for, sizes_of
+from mball.swap.layers_plan import Sizes, cells_for, expert_sizes_of, sizes_of
 from mball.units import GiB, MiB
 
 DEFAULT_TOKENS_PER_SEQ = 2048
@@ -48,22 +48,29 @@ def estimate(spec: WorkerSpec) -> Estimate | None:
         item_bytes = _ITEM_BYTES[dtype]
         kv_bytes = 0 if spec.task == "embed" else _kv_bytes(spec, text, item_bytes)
         weights_bytes = elements * item_bytes
-        if spec.resident_layers is not None:
-            sizes = sizes_of(checkpoint, int(text["num_hidden_layers"]), item_bytes)
+        if (sizes := streamed_sizes(spec, checkpoint, int(text["num_hidden_layers"]), item_bytes)) is not None:
             weights_bytes = sizes.held_bytes(cells(spec, sizes, kv_bytes))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, CheckpointError):
         return None
     return Estimate(weights_bytes, kv_bytes)
 
 
+def streamed_sizes(spec: WorkerSpec, checkpoint: Checkpoint, num_layers: int, item_bytes: int) -> Sizes | None:
+    """Of what is streamed, layers or experts; None where nothing is. Raises ValueError for a model without experts."""
+    if spec.resident_experts is not None:
+        return expert_sizes_of(checkpoint, num_layers, item_bytes)
+    return None if spec.resident_layers is None else sizes_of(checkpoint, num_layers, item_bytes)
+
+
 def cells(spec: WorkerSpec, sizes: Sizes, beside_bytes: int) -> int:
-    """How many layers' room a model that may be streamed takes (mball.swap.layers_plan); `beside_bytes`: what it takes
-    beside its weights, as far as is known."""
-    if spec.resident_layers is None:
-        return sizes.num_layers
+    """How many layers' or experts' room a model that may be streamed takes (mball.swap.layers_plan); `beside_bytes`:
+    what it takes beside its weights, as far as is known."""
+    wish = spec.resident_layers if spec.resident_experts is None else spec.resident_experts
+    if wish is None:
+        return sizes.count
     context_bytes = _CONTEXT_BYTES if spec.device.startswith("cuda") else 0
     beside_bytes += context_bytes + _WORKING_BYTES
-    return cells_for(spec.resident_layers, sizes, limit_bytes=spec.device_memory_bytes, beside_bytes=beside_bytes)
+    return cells_for(wish, sizes, limit_bytes=spec.device_memory_bytes, beside_bytes=beside_bytes)
 
 
 def kv_blocks(spec: WorkerSpec, longest: int | None, block_bytes: int) -> int:
@@ -88,7 +95,9 @@ def revision(spec: WorkerSpec) -> str:
     options = {name: value for name, value in zip(spec.__slots__, astuple(spec), strict=True) if name in _MATTERS}
     if spec.resident_layers is not None:
         options["resident_layers"] = spec.resident_layers
-    if spec.resident_layers == "auto":
+    if spec.resident_experts is not None:
+        options["resident_experts"] = spec.resident_experts
+    if spec.takes_what_it_may:
         options["device_memory_bytes"] = spec.device_memory_bytes
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for file in sorted(_files(Path(spec.path))):

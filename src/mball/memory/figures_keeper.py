@@ -64,7 +64,7 @@ class FiguresKeeper:
 
     def _served(self, spec: WorkerSpec) -> WorkerSpec:
         # What it may take matters only to one that takes as much as it may.
-        most_bytes = self._most_bytes if spec.resident_layers == "auto" else None
+        most_bytes = self._most_bytes if spec.takes_what_it_may else None
         return dataclasses.replace(spec, device=self._device, device_memory_bytes=most_bytes)
 
     async def run(self) -> None:

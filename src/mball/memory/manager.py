@@ -217,7 +217,7 @@ class Manager:
         model = self._model(name)
         needs, whose = model.needs, "its KV pool has"
         most_bytes = needs.kv_bytes if needs is not None else nbytes + 1
-        if needs is not None and model.spec.worker.resident_layers is not None:
+        if needs is not None and model.spec.worker.streamed:
             most_bytes, whose = most_bytes + needs.weights_bytes, "its KV pool and its weights have"
         if nbytes < 0 or (nbytes and nbytes >= most_bytes):
             most = f"{whose} {format_bytes(most_bytes)}, which are not to be given up whole"

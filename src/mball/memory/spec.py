@@ -19,6 +19,7 @@ class WorkerSpec:
     sets it and `socket_path` when it starts the worker. `kv_cache_bytes` is the size of the KV pool; None lets the
     worker choose it from `max_num_seqs` and `max_model_len`. `resident_layers` stay on the device while the others are
     streamed through it: as many as fit (`auto`), a number, or None for a model that is never streamed.
+    `resident_experts` says so of a mixture's experts, counted over all layers; one of the two is given at most.
     `device_memory_bytes` is what `auto` may take in all (None: there is no limit).
     """
 
@@ -37,7 +38,17 @@ class WorkerSpec:
     threads: int = 2
     trust_remote_code: bool = False
     resident_layers: int | Literal["auto"] | None = None
+    resident_experts: int | Literal["auto"] | None = None
     device_memory_bytes: int | None = None
+
+    @property
+    def streamed(self) -> bool:
+        """Whether a part of it may be away from the device while it serves."""
+        return self.resident_layers is not None or self.resident_experts is not None
+
+    @property
+    def takes_what_it_may(self) -> bool:
+        return "auto" in (self.resident_layers, self.resident_experts)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -85,6 +85,7 @@ def model_spec(model: ModelConfig, config: Config) -> ModelSpec:
         threads=config.threads,
         trust_remote_code=model.trust_remote_code,
         resident_layers=model.resident_layers,
+        resident_experts=model.resident_experts,
     )
     return ModelSpec(
         worker,

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
@@ -66,6 +66,11 @@ class ModelConfig(BaseModel):
         description="Layers that stay on the device while the others are streamed through it: a number, or auto for as "
         "many as fit; by default the whole model has to.",
     )
+    resident_experts: Literal["auto"] | Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="The same for the experts of a mixture, counted over all layers: all else stays on the device, and "
+        "of the experts those that are chosen most.",
+    )
     pinned: bool = Field(default=False, description="Once on the device, never demoted.")
     preload: bool = Field(default=False, description="Bring it in at start, before the first request.")
     priority: int = Field(
@@ -78,6 +83,12 @@ class ModelConfig(BaseModel):
         default=None, description="Leaves the device after so long without a request; by default only to make room."
     )
     trust_remote_code: bool = Field(default=False, description="Allow Python code in the model's folder.")
+
+    @model_validator(mode="after")
+    def _streamed_one_way(self) -> Self:
+        if self.resident_layers is not None and self.resident_experts is not None:
+            raise ValueError("resident_layers and resident_experts exclude each other: leave one of them out")
+        return self
 
     @model_validator(mode="before")
     @classmethod

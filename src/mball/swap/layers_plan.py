@@ -25,9 +25,10 @@ _GAIN = 0.99
 """A further slot costs a resident layer: it must be worth a hundredth of the step."""
 
 _LAYER = re.compile(r"^(.*?)(?:layers|h|blocks|block)\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(?:(\d+)\.)?")
 
 Wish = int | Literal["auto"]
-"""`resident_layers` as it is configured."""
+"""`resident_layers` or `resident_experts`, as it is configured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +55,10 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of a model's weights: bytes beside the layers, of the cell that holds any one layer, and of all as they are."""
+    """Of a model's weights of which `count` equal parts are streamed, layers or experts: bytes beside them, of the cell
+    that holds any one of them, and of all as they are."""
 
-    num_layers: int
+    count: int
     rest_bytes: int
     cell_bytes: int
     whole_bytes: int
@@ -115,17 +117,17 @@ def step_s(chosen: Layout, rates: Rates) -> float:
 
 
 def cells_for(wish: Wish, sizes: Sizes, *, limit_bytes: int | None = None, beside_bytes: int = 0) -> int:
-    """Cells for that many resident layers and the slots of the others; `auto`: as many as fit into `limit_bytes` with
+    """Cells for that many resident parts and the slots of the others; `auto`: as many as fit into `limit_bytes` with
     `beside_bytes` and an eighth of the weights for what is not known yet; all without a limit. Never too few to run."""
-    least = min(LEAST_SLOTS, sizes.num_layers)
+    least = min(LEAST_SLOTS, sizes.count)
     if wish == "auto":
-        cells = sizes.num_layers
+        cells = sizes.count
         if limit_bytes is not None:
             room = (limit_bytes - beside_bytes) * 8 // 9 - sizes.rest_bytes
             cells = room // sizes.cell_bytes if sizes.cell_bytes else cells
     else:
-        cells = wish if wish >= sizes.num_layers else wish + LEAST_SLOTS
-    return max(least, min(cells, sizes.num_layers))
+        cells = wish if wish >= sizes.count else wish + LEAST_SLOTS
+    return max(least, min(cells, sizes.count))
 
 
 def sizes_of(checkpoint: Checkpoint, num_layers: int, item_bytes: int) -> Sizes:
@@ -145,6 +147,27 @@ def sizes_of(checkpoint: Checkpoint, num_layers: int, item_bytes: int) -> Sizes:
     *others, decoder = sorted((list(sizes.values()) for sizes in lists.values()), key=sum) or [[0]]
     rest += sum(sum(other) for other in others)
     return Sizes(num_layers, paged(rest), paged(max(decoder)), whole)
+
+
+def expert_sizes_of(checkpoint: Checkpoint, num_layers: int, item_bytes: int) -> Sizes:
+    """As `sizes_of`, of the experts of all layers. Raises ValueError for a model that has none."""
+    experts: dict[tuple[int, int], int] = {}
+    rest = whole = 0
+    for tensor in checkpoint.tensors.values():
+        nbytes = math.prod(tensor.shape) * item_bytes
+        whole += nbytes
+        layer, expert = _LAYER.match(tensor.name), _EXPERT.search(tensor.name)
+        if layer is None or expert is None or int(layer[2]) >= num_layers:
+            rest += aligned(nbytes)
+            continue
+        # One tensor of an expert, or one of all experts of its layer.
+        numbers = [int(expert[1])] if expert[1] is not None else range(tensor.shape[0])
+        for number in numbers:
+            key = int(layer[2]), number
+            experts[key] = experts.get(key, 0) + aligned(nbytes // len(numbers))
+    if not experts:
+        raise ValueError("the model has no experts")
+    return Sizes(len(experts), paged(rest), paged(max(experts.values())), whole)
 
 
 def paged(nbytes: int) -> int:

@@ -13,6 +13,7 @@ from transformers.models.gemma2 import Gemma2Config
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
 from transformers.models.mixtral import MixtralConfig
+from transformers.models.olmoe import OlmoeConfig
 from transformers.models.qwen3 import Qwen3Config
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
@@ -45,6 +46,7 @@ CONFIGS: dict[str, Any] = {
         **SMALL, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
     ),
     "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=3, num_experts_per_tok=2),
+    "olmoe": lambda: OlmoeConfig(**SMALL, num_experts=5, num_experts_per_tok=3),
     "mistral_window": lambda: MistralConfig(**SMALL, sliding_window=7),
     "gemma2_softcap": lambda: Gemma2Config(**SMALL, head_dim=8, query_pre_attn_scalar=8, sliding_window=9),
 }

@@ -90,7 +90,7 @@ def test_a_batch_s_tokens_stay_while_layers_go_and_come(deep: ModelDir, oracle: 
     path = deep("llama")
     engine = engine_for(path, resident_layers="auto", max_num_seqs=4)
     expected = [reference(oracle(path), prompt, 100)[0] for prompt in MIXED]
-    weights = engine._weights.layers
+    weights = engine._weights.streamed
     assert weights is not None
     easy = engine.status().spare_bytes
     cell = weights.bytes_of(2) - weights.bytes_of(1)
@@ -112,7 +112,7 @@ def test_one_sequence_s_logprobs_stay_while_layers_go_and_come(deep: ModelDir, e
     options = {"max_tokens": 150, "logprobs": 3, "temperature": 0.9, "seed": 5}
     plain = Run(engine_for(path, max_num_seqs=1), "plain", MIXED[3], **options).wait()
     engine = engine_for(path, max_num_seqs=1, resident_layers="auto")
-    easy, weights = engine.status().spare_bytes, engine._weights.layers
+    easy, weights = engine.status().spare_bytes, engine._weights.streamed
     assert weights is not None
     whole = weights.bytes_of(LAYERS)
     run = Run(engine, "moved", MIXED[3], **options)
@@ -131,7 +131,7 @@ def test_one_sequence_s_logprobs_stay_while_layers_go_and_come(deep: ModelDir, e
 def test_the_account_and_the_status_follow(deep: ModelDir, engine_for: EngineFor) -> None:
     device = SmallDevice(1 << 40)
     engine = engine_for(deep("llama"), resident_layers="auto", account=device)
-    weights = engine._weights.layers
+    weights = engine._weights.streamed
     assert weights is not None
     before, whole = engine.status(), device.taken_bytes
     cell = weights.bytes_of(LAYERS) - weights.bytes_of(LAYERS - 1)
@@ -144,14 +144,14 @@ def test_the_account_and_the_status_follow(deep: ModelDir, engine_for: EngineFor
     assert device.taken_bytes == whole - done.ballooned_bytes == status.weights_bytes + status.kv_bytes
     assert status.spare_bytes == 0
     for wrong in (-1, 1 << 40):
-        with pytest.raises(TransitionError, match="its KV pool and its layers can give up"):
+        with pytest.raises(TransitionError, match="its KV pool and its weights can give up"):
             engine.balloon(wrong)
     engine.demote()
     assert device.taken_bytes == 0
     engine.promote(None)
     assert engine.status().ballooned_bytes == done.ballooned_bytes
     assert device.taken_bytes == whole - done.ballooned_bytes
-    with pytest.raises(TransitionError, match="its layers are in use"):
+    with pytest.raises(TransitionError, match="its weights are in use"):
         engine.balloon(before.spare_bytes + 4 * cell, gently=True)
     for room in (cell, before.spare_bytes + cell):
         device.total_bytes = device.taken_bytes + room
@@ -228,7 +228,7 @@ def test_a_shard_that_cannot_be_read_ends_the_step_and_the_engine_lives(
 
 def test_close_ends_a_step_that_waits_for_its_disk(deep: ModelDir, engine_for: EngineFor) -> None:
     engine = engine_for(deep("llama"), resident_layers=0)
-    weights = engine._weights.layers
+    weights = engine._weights.streamed
     assert weights is not None
     copier = weights._stream._copier
     assert copier is not None

@@ -104,7 +104,8 @@ class Ballooned:
 class EngineStatus:
     """Numbers of the moment. Bytes are device bytes. `spare_bytes` can be given to the balloon beside what is there
     already, and nobody would notice. `error` says what is wrong with the engine, if anything is. Of `num_layers`,
-    `resident_layers` stay on the device and the others are streamed; both are 0 for a model that is never streamed."""
+    `resident_layers` stay on the device and the others are streamed; of `num_experts`, which are those of all layers,
+    `resident_experts` have room. All are 0 where nothing is streamed."""
 
     resident: bool
     running: int
@@ -118,6 +119,8 @@ class EngineStatus:
     spare_bytes: int = 0
     num_layers: int = 0
     resident_layers: int = 0
+    num_experts: int = 0
+    resident_experts: int = 0
 
 
 class Residency(Protocol):

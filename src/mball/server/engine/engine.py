@@ -146,6 +146,8 @@ class GenerateEngine:
                 spare_bytes=0 if cache is None else self._spare_bytes(cache),
                 num_layers=self._weights.num_layers,
                 resident_layers=self._weights.resident_layers,
+                num_experts=self._weights.num_experts,
+                resident_experts=self._weights.resident_experts,
             )
 
     @property
@@ -198,7 +200,7 @@ class GenerateEngine:
         return Ballooned(self._ballooned_bytes, self._held_bytes, time.perf_counter() - began)
 
     def use_image(self, image_fd: int | None) -> None:
-        if self._weights.layers is not None and not self._ended and not self._closing:
+        if self._weights.streamed is not None and not self._ended and not self._closing:
             self._between_steps(lambda: self._weights.use_image(image_fd))
 
     def _between_steps(self, act: Callable[[], None]) -> None:
@@ -243,7 +245,7 @@ class GenerateEngine:
         return self._pool_bytes - self._held_bytes + self._weights.ballooned_bytes
 
     def _share(self, nbytes: int) -> balloons.Give:
-        layers, cache = self._weights.layers, self._cache
+        layers, cache = self._weights.streamed, self._cache
         if layers is None:
             return balloons.Give(nbytes, 0)
         longest = 1 + -(-self.max_model_len // self._spec.block_size)
@@ -264,10 +266,10 @@ class GenerateEngine:
         blocks = left // self._block_bytes if cache is None else cache.fitting_blocks(left)
         if asked_bytes < 0 or blocks < 2:
             least = 2 * self._block_bytes if cache is None else cache.mapped_bytes(2)
-            layers = self._weights.layers
+            layers = self._weights.streamed
             streamed = 0 if layers is None else layers.bytes_of(layers.max_cells) - layers.bytes_of(layers.least_cells)
             most = format_bytes(max(0, self._pool_bytes - least) + streamed)
-            whose = "its KV pool" if layers is None else "its KV pool and its layers"
+            whose = "its KV pool" if layers is None else "its KV pool and its weights"
             raise TransitionError(
                 f"{self._spec.model}: {format_bytes(asked_bytes)} for the balloon; {whose} can give up {most} at most"
             )
@@ -362,14 +364,14 @@ class GenerateEngine:
 
     def _squeeze(self, num_blocks: int, cells: int, *, gently: bool) -> None:
         """What gives memory up goes first, so that what takes some back finds it."""
-        layers = self._weights.layers
+        layers = self._weights.streamed
         if layers is None or cells == layers.cells:
             self._change_pool(num_blocks, gently=gently)
             return
         before, blocks_before = layers.cells, self._scheduler.allocator.num_blocks
         if cells < before:
             if gently:
-                raise TransitionError(f"{self._spec.model}: its layers are in use")
+                raise TransitionError(f"{self._spec.model}: its weights are in use")
             layers.resize(cells)
             try:
                 self._change_pool(num_blocks, gently=False)

@@ -9,7 +9,7 @@ from mball.memory.spec import WorkerSpec
 from mball.server.engine import transformers_adapter as adapter
 from mball.server.engine.embedder import EmbedEngine
 from mball.server.engine.engine import GenerateEngine
-from mball.server.engine.footprint import kv_blocks, layer_cells, max_model_len
+from mball.server.engine.footprint import kv_blocks, max_model_len, streamed_cells
 from mball.server.engine.kv_cache import KVGeometry
 from mball.server.engine.pooling import Pooling
 from mball.server.engine.resident import ResidentWeights, torch_device
@@ -29,8 +29,10 @@ def open_engine(spec: WorkerSpec, account: Account) -> GenerateEngine | EmbedEng
     device = torch_device(spec.device)
     text = adapter.text_config(config)
     if spec.task == "embed":
-        if spec.resident_layers is not None:
-            raise ConfigError(f"{spec.model}: resident_layers is for models that generate; leave it out")
+        if spec.streamed:
+            raise ConfigError(
+                f"{spec.model}: resident_layers and resident_experts are for models that generate; leave them out"
+            )
         model = adapter.build_encoder(spec, config, checkpoint, dtype)
         pooling = Pooling.read(spec.path)
         limits = [spec.max_model_len, pooling.max_seq_length, getattr(text, "max_position_embeddings", None)]
@@ -55,7 +57,7 @@ def open_engine(spec: WorkerSpec, account: Account) -> GenerateEngine | EmbedEng
     model = adapter.build_generator(spec, config, checkpoint, dtype, geometry)
     if device.type == "cuda":
         warm_up(device, geometry)
-    cells = None if spec.resident_layers is None else layer_cells(spec, checkpoint, geometry, num_blocks)
+    cells = streamed_cells(spec, checkpoint, geometry, num_blocks)
     return GenerateEngine(
         spec,
         ResidentWeights(spec, model, checkpoint, account, device, cells=cells),

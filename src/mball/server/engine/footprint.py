@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from mball.errors import UnsupportedCheckpoint
 from mball.loader.checkpoint import Checkpoint
 from mball.memory import estimate
 from mball.memory.spec import WorkerSpec
 from mball.server.engine import transformers_adapter as adapter
 from mball.server.engine.kv_cache import KVGeometry
-from mball.swap.layers_plan import sizes_of
+from mball.swap.layers_plan import Sizes
 from mball.swap.layers_read import PART_BYTES
 
 LAYER_THREADS = 4
@@ -50,18 +51,27 @@ def footprint(spec: WorkerSpec) -> Footprint:
     gathered = spec.max_num_seqs * max_model_len(spec, text, blocks) * geometry.token_bytes // geometry.num_layers
     pool = blocks * geometry.block_bytes(spec.block_size)
     activations = tokens * _token_activations(text) * dtype.itemsize + sampling + min(gathered, pool)
-    if spec.resident_layers is not None:
-        sizes = sizes_of(checkpoint, geometry.num_layers, dtype.itemsize)
+    if (sizes := _streamed(spec, checkpoint, geometry)) is not None:
         weights_bytes = sizes.held_bytes(estimate.cells(spec, sizes, pool))
         # On the CPU what threads read through is the device's too.
         activations += LAYER_THREADS * PART_BYTES if spec.device == "cpu" else 0
     return Footprint(weights_bytes, pool, activations)
 
 
-def layer_cells(spec: WorkerSpec, checkpoint: Checkpoint, geometry: KVGeometry, num_blocks: int) -> int:
-    """How many layers' room a model that may be streamed takes."""
-    sizes = sizes_of(checkpoint, geometry.num_layers, geometry.dtype.itemsize)
-    return estimate.cells(spec, sizes, num_blocks * geometry.block_bytes(spec.block_size))
+def streamed_cells(spec: WorkerSpec, checkpoint: Checkpoint, geometry: KVGeometry, num_blocks: int) -> int | None:
+    """How many layers' or experts' room a model that may be streamed takes; None for one that is whole.
+
+    Raises UnsupportedCheckpoint.
+    """
+    sizes = _streamed(spec, checkpoint, geometry)
+    return None if sizes is None else estimate.cells(spec, sizes, num_blocks * geometry.block_bytes(spec.block_size))
+
+
+def _streamed(spec: WorkerSpec, checkpoint: Checkpoint, geometry: KVGeometry) -> Sizes | None:
+    try:
+        return estimate.streamed_sizes(spec, checkpoint, geometry.num_layers, geometry.dtype.itemsize)
+    except ValueError as error:
+        raise UnsupportedCheckpoint(f"{error}: leave resident_experts out", file=spec.path) from None
 
 
 def _token_activations(text: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,9 +15,12 @@ from mball.loader import image
 from mball.loader.checkpoint import Checkpoint
 from mball.loader.weights import Weights
 from mball.memory.spec import WorkerSpec
+from mball.server.engine import experts
 from mball.server.engine.footprint import LAYER_THREADS
 from mball.server.engine.transformers_adapter import Model
+from mball.swap.experts import ExpertWeights
 from mball.swap.layers import LayeredWeights
+from mball.swap.streamed import StreamedWeights
 
 Progress = Callable[[int, int], None]
 
@@ -39,7 +43,7 @@ class ResidentWeights:
         *,
         cells: int | None = None,
     ) -> None:
-        """With `cells` the model's layers are streamed through room for so many of them.
+        """With `cells` the model's layers, or its experts, are streamed through room for so many of them.
 
         Raises TensorMismatch, UnsupportedCheckpoint, DeviceError.
         """
@@ -49,8 +53,8 @@ class ResidentWeights:
         self._threads = spec.threads if device.type == "cpu" else None
         self._cancel = threading.Event()
         self._filling = threading.Event()
-        self.layers = None if cells is None else _layered(model, checkpoint, account, device, cells)
-        self._weights: Weights | LayeredWeights = self.layers or Weights.bind(
+        self.streamed = None if cells is None else _streamed(spec, model, checkpoint, account, device, cells)
+        self._weights: Weights | StreamedWeights = self.streamed or Weights.bind(
             model.module, checkpoint, device=device, sources=model.sources, ignore=model.ignored, account=account
         )
         self.resident = False
@@ -62,22 +66,33 @@ class ResidentWeights:
 
     @property
     def ballooned_bytes(self) -> int:
-        """Of the layers' room, what was given up."""
-        layers = self.layers
-        return 0 if layers is None else layers.bytes_of(layers.max_cells) - layers.bytes_of(layers.cells)
+        """Of the room for what is streamed, what was given up."""
+        streamed = self.streamed
+        return 0 if streamed is None else streamed.bytes_of(streamed.max_cells) - streamed.bytes_of(streamed.cells)
 
     @property
     def num_layers(self) -> int:
-        return 0 if self.layers is None else self.layers.layout.num_layers
+        """0 where they are not streamed."""
+        return self.streamed.layout.num_layers if isinstance(self.streamed, LayeredWeights) else 0
 
     @property
     def resident_layers(self) -> int:
-        return 0 if self.layers is None else len(self.layers.layout.resident)
+        return len(self.streamed.layout.resident) if isinstance(self.streamed, LayeredWeights) else 0
+
+    @property
+    def num_experts(self) -> int:
+        """Of all layers; 0 where they are not streamed."""
+        return self.streamed.num_experts if isinstance(self.streamed, ExpertWeights) else 0
+
+    @property
+    def resident_experts(self) -> int:
+        """As many as there is room for."""
+        return self.streamed.cells if isinstance(self.streamed, ExpertWeights) else 0
 
     def use_image(self, image_fd: int | None) -> None:
-        """Where streamed layers come from. Raises CheckpointError, OSError, TransitionError."""
-        if self.layers is not None:
-            self.layers.use_image(image_fd)
+        """Where what is streamed comes from. Raises CheckpointError, OSError, TransitionError."""
+        if self.streamed is not None:
+            self.streamed.use_image(image_fd)
 
     @property
     def image_bytes(self) -> int:
@@ -105,8 +120,8 @@ class ResidentWeights:
         """A load, a fill, or a step that waits for a layer ends with Cancelled, for good. Called by any thread."""
         self._cancel.set()
         self._filling.set()
-        if self.layers is not None:
-            self.layers.cancel()
+        if self.streamed is not None:
+            self.streamed.cancel()
 
     def close(self) -> None:
         self.cancel()
@@ -114,22 +129,27 @@ class ResidentWeights:
         self._weights.close()
 
 
-def _layered(
-    model: Model, checkpoint: Checkpoint, account: Account, device: torch.device, cells: int
-) -> LayeredWeights:
-    if not model.layers:
-        kind = type(model.module).__name__
+def _streamed(
+    spec: WorkerSpec, model: Model, checkpoint: Checkpoint, account: Account, device: torch.device, cells: int
+) -> StreamedWeights:
+    option, found = "resident_layers", model.layers
+    if spec.resident_experts is not None:
+        option, found = "resident_experts", model.experts
+    if not found:
+        what = "decoder layers" if option == "resident_layers" else "experts"
         raise UnsupportedCheckpoint(
-            f"no list of decoder layers was found in {kind}: leave resident_layers out", file=str(checkpoint.path)
+            f"no {what} were found in {type(model.module).__name__}: leave {option} out", file=str(checkpoint.path)
         )
-    return LayeredWeights.bind(
-        model.module,
-        model.layers,
-        checkpoint,
-        cells=cells,
-        device=device,
-        sources=model.sources,
-        ignore=model.ignored,
-        account=account,
-        threads=LAYER_THREADS,
-    )
+    options: dict[str, Any] = {
+        "cells": cells,
+        "device": device,
+        "sources": model.sources,
+        "ignore": model.ignored,
+        "account": account,
+        "threads": LAYER_THREADS,
+    }
+    if option == "resident_layers":
+        return LayeredWeights.bind(model.module, found, checkpoint, **options)
+    weights = ExpertWeights.bind(model.module, found, checkpoint, **options)
+    experts.stream(found, weights.turn)
+    return weights

@@ -46,6 +46,7 @@ from mball.loader.checkpoint import Checkpoint, TensorInfo
 from mball.loader.weights import Piece
 from mball.memory.spec import WorkerSpec
 from mball.server.engine import attention
+from mball.server.engine.experts import expert_modules
 from mball.server.engine.kv_cache import KVGeometry
 
 # transformers makes its table when it is first asked: here a zygote does it for all its workers.
@@ -63,13 +64,14 @@ class Model:
     """A module on the meta device, in eval mode, and what fills it: see `mball.loader.weights.Weights.bind`.
 
     `ignored` are tensors of the checkpoint that are known to have no use; `layers` the decoder's, which run one after
-    the other, none where they were not found.
+    the other, and `experts` the modules of those that hold a mixture's: none where they were not found.
     """
 
     module: torch.nn.Module
     sources: dict[str, list[Piece]]
     ignored: frozenset[str]
     layers: tuple[torch.nn.Module, ...] = ()
+    experts: tuple[torch.nn.Module, ...] = ()
 
 
 def read_config(spec: WorkerSpec) -> PreTrainedConfig:
@@ -148,7 +150,8 @@ def build_generator(
         raise UnsupportedCheckpoint(f"{type(module).__name__} gives logits only for all tokens", file=spec.path)
     _check_attention(spec, module, geometry)
     model = _filled(spec, module, checkpoint, headless=False)
-    return replace(model, layers=_decoder_layers(module, geometry.num_layers))
+    layers = _decoder_layers(module, geometry.num_layers)
+    return replace(model, layers=layers, experts=expert_modules(layers))
 
 
 def build_encoder(spec: WorkerSpec, config: PreTrainedConfig, checkpoint: Checkpoint, dtype: torch.dtype) -> Model:
