@@ -32,6 +32,8 @@ from mball.device.proc import private_bytes
 from mball.errors import Cancelled, CheckpointError, TransitionError
 from mball.memory import control
 from mball.memory.spec import WorkerSpec
+from mball.swap.place import digest
+from mball.swap.slots import Slots
 
 PR_SET_PDEATHSIG = 1
 
@@ -44,6 +46,7 @@ class Knobs:
     request. Only where it `balloons` does it say what it could give up.
 
     `crash_at`, `hang_at`, `fail_at` name the step at which it kills itself, never answers, or answers with an error.
+    `leases`: so many blocks of the swap store it leases as soon as it has it, and never writes.
     `orphan`: it has a child, with `leaves_group` in a session of its own. `lone`: it goes on without a manager.
     `times` bounds how often that happens, over all workers that share the file `counter`; without one: always.
     """
@@ -65,6 +68,7 @@ class Knobs:
     orphan: bool = False
     leaves_group: bool = False
     lone: bool = False
+    leases: int = 0
     cannot_start: str = ""
     crash_at: str = ""
     hang_at: str = ""
@@ -104,6 +108,8 @@ class FakeWorker:
         self.threads = spec.threads
         self.unwanted = asyncio.Event()
         self.stopped = asyncio.Event()
+        self.asker: control.Asker | None = None
+        self.slots: Slots | None = None
 
     @property
     def held(self) -> int:
@@ -239,6 +245,18 @@ class FakeWorker:
             self.image, self.image_ready = None, False
         return {}
 
+    async def swap(self, message: control.Message, fd: int | None) -> control.Message:
+        if fd is None:
+            raise CheckpointError("no descriptor came with the swap store", file=self.spec.path)
+        self.slots = Slots.from_wire(fd, message["slots"])
+        if self.knobs.leases and self.asker is not None:
+            wants = [
+                {"key": digest(self.spec.model, str(n)).hex(), "nbytes": 1, "saved_s": 1.0, "rate": 1.0}
+                for n in range(self.knobs.leases)
+            ]
+            await self.asker.call("swap.lease", deadline_s=30, model=digest(self.spec.model).hex(), wants=wants)
+        return {}
+
     async def canary(self, message: control.Message, fd: int | None) -> control.Message:
         await self.fault("canary")
         return {"ok": self.resident, "total_s": 0.0}
@@ -343,11 +361,13 @@ class FakeWorker:
             "threads": self.set_threads,
             "image": self.attach,
             "drop_image": self.drop_image,
+            "swap": self.swap,
             "canary": self.canary,
             "status": self.status,
             "stop": self.stop,
         }
-        serving = asyncio.create_task(control.serve(channel, verbs))
+        self.asker = control.Asker(channel)
+        serving = asyncio.create_task(control.serve(channel, verbs, self.asker))
         stopping = asyncio.create_task(self.stopped.wait())
         await asyncio.wait({stopping} if self.knobs.lone else {serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         # The answer to the stop verb is to get out first.

@@ -245,6 +245,7 @@ class SwapRefused(SwapError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(f"swap: not written ({reason}): {message}")
         self.reason = reason
+        self.why = message
 
 
 class SwapMiss(SwapError):
@@ -253,6 +254,7 @@ class SwapMiss(SwapError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(f"swap: miss ({reason}): {message}")
         self.reason = reason
+        self.why = message
 
 
 class RequestError(MballError):

@@ -18,6 +18,7 @@ from mball.memory.queue import Ticket
 from mball.memory.settings import Settings
 from mball.memory.slot import Slot
 from mball.memory.spec import ModelSpec, WorkerSpec
+from mball.swap.store import Settings as SwapSettings
 from mball.units import MiB
 from tests.fake_worker import Knobs, command
 
@@ -118,6 +119,7 @@ async def serve(runtime_dir: Path, device: SimulatedDevice) -> AsyncIterator[Ser
             device_bytes: int | None = None,
             dram_bytes: int = 0,
             command_for: Callable[[ModelSpec], list[str]] = lambda spec: command(),
+            swap: SwapSettings | None = None,
         ) -> Running:
             chosen = list(on) if isinstance(on, Sequence) else [on or device]
             manager = Manager(
@@ -127,6 +129,7 @@ async def serve(runtime_dir: Path, device: SimulatedDevice) -> AsyncIterator[Ser
                 runtime_dir=runtime_dir,
                 command_for=command_for,
                 settings=settings,
+                swap=swap,
             )
             stack.push_async_callback(manager.close, 0.0)
             await manager.start()

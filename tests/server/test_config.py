@@ -8,7 +8,7 @@ import yaml
 from mball.device.cpu import CpuDevice
 from mball.device.simulated import SimulatedDevice
 from mball.errors import ConfigError
-from mball.server.catalog import budget, build_manager, model_spec
+from mball.server.catalog import budget, build_manager, model_spec, swap_settings
 from mball.server.config import json_schema, load_config
 from mball.units import GiB, MiB
 
@@ -97,6 +97,10 @@ def test_a_flag_replaces_the_models_of_the_file(tmp_path: Path) -> None:
         ("models: [{path: a, device: tpu}]", r"models\.0\.device"),
         ("queue_timeout_s: .nan", "queue_timeout_s"),
         ("unknown: 1", "unknown"),
+        ("swap: {size_bytes: 1GiB}", r"swap\.path"),
+        ("swap: {path: s, size: 1GiB}", r"swap\.size"),
+        ("swap: {path: s, threads: 1}", r"swap\.threads"),
+        ("swap: {path: s, deadline_s: 0}", r"swap\.deadline_s"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, says: str) -> None:
@@ -130,3 +134,25 @@ def test_what_a_model_is_given_reaches_the_manager(tmp_path: Path) -> None:
     config = load_config(file)
     spec = model_spec(config.models[0], config)
     assert (spec.pinned, spec.preload, spec.priority, spec.keep_alive_s) == (True, True, 2, 30.0)
+
+
+def test_the_swap_store_of_a_file_lies_beside_it(tmp_path: Path) -> None:
+    swap = "{path: swap, size_bytes: 2GiB, slot_bytes: 1MiB, daily_write_bytes: 1TiB, threads: 4}"
+    text = f"models: [{{path: m}}]\nswap: {swap}"
+    file = tmp_path / "mball.yaml"
+    file.write_text(text)
+    found = swap_settings(load_config(file))
+    assert found is not None
+    assert (found.path, found.size_bytes, found.slot_bytes) == (tmp_path / "swap", 2 * GiB, MiB)
+    assert (found.daily_write_bytes, found.threads, found.ephemeral, found.deadline_s) == (1024 * GiB, 4, False, 600.0)
+    jsonschema.validate(yaml.safe_load(text), json.loads(json_schema()))
+    file.write_text("models: [m]")
+    assert swap_settings(load_config(file)) is None
+
+
+def test_the_swap_store_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MBALL_SWAP__PATH", "/nvme/swap")
+    monkeypatch.setenv("MBALL_SWAP__SIZE_BYTES", "3GiB")
+    found = swap_settings(load_config(write(tmp_path, "models: [m]")))
+    assert found is not None
+    assert (found.path, found.size_bytes) == (Path("/nvme/swap"), 3 * GiB)

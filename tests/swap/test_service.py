@@ -15,6 +15,7 @@ from mball.swap.disk import Disk, aligned, reopened
 from mball.swap.service import SwapService
 from mball.swap.slots import Slots
 from mball.swap.store import open_store
+from mball.units import MiB
 from tests.swap.stores import MODEL, SIZE, SLOT, block, content, image, settings
 
 WAIT_S = 60.0
@@ -43,7 +44,7 @@ class SlowDisk(Disk):
         self.go.wait(WAIT_S)
 
 
-def slow(path: Path) -> tuple[SwapService, SlowDisk]:
+def slow(path: Path, **changed: object) -> tuple[SwapService, SlowDisk]:
     made: list[SlowDisk] = []
 
     def opens(fd: int, *, writable: bool = True) -> Disk:
@@ -53,7 +54,7 @@ def slow(path: Path) -> tuple[SwapService, SlowDisk]:
         disk.close()
         return made[0]
 
-    return SwapService(open_store(settings(path), open_disk=opens)), made[0]
+    return SwapService(open_store(settings(path, **changed), open_disk=opens)), made[0]
 
 
 async def test_an_image_from_a_memfd_and_back(tmp_path: Path) -> None:
@@ -173,3 +174,18 @@ async def test_opening_raises_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "swap").write_bytes(b"a thesis")
     with pytest.raises(SwapForeign, match="left as it is"):
         await SwapService.open(settings(tmp_path / "swap"))
+
+
+async def test_leases_that_nobody_waits_for_any_more_are_given_back(tmp_path: Path) -> None:
+    service, disk = slow(tmp_path / "swap", daily_write_bytes=MiB)
+    book = service.store._book
+    before = book.next_generation
+    disk.go.clear()
+    with pytest.raises(SwapRefused, match="busy"):
+        await service.lease("w", [block("0"), block("1")], deadline_s=0.1)
+    disk.go.set()
+    async with asyncio.timeout(WAIT_S):
+        while book.next_generation < before + 2 or service.store.status()["leased_slots"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert len(await service.lease("w", [block("0")], deadline_s=WAIT_S)) == 1
+    assert await service.close()

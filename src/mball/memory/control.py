@@ -9,6 +9,8 @@ a worker whose channel closes ends itself. Messages:
                        {"event": "failed", "error": …}          it cannot start; it exits after that
     manager → worker   {"id": 7, "verb": "promote", …}
     worker → manager   {"id": 7, "result": {…}}  or  {"id": 7, "error": {"type": …, "message": …}}
+    worker → manager   {"call": 3, "verb": "swap.find", …}
+    manager → worker   {"call": 3, "result": {…}}  or  {"call": 3, "error": {"type": …, "message": …}}
 """
 
 from __future__ import annotations
@@ -28,9 +30,16 @@ from mball import errors
 MESSAGE_BYTES = 64 * 1024
 """The largest message that is sent or taken."""
 
+_MOST_CALLS = 32
+"""Calls of a worker that may be under way; what is over is refused."""
+
 Message = dict[str, Any]
 Handler = Callable[[Message, int | None], Awaitable[Message]]
 """A worker's verb: takes the message and the descriptor that came with it (the handler owns it), gives the result."""
+
+
+Answer = Callable[[Message], Awaitable[Message]]
+"""The manager's side of a worker's calls: takes the message, gives the result."""
 
 
 class ChannelClosed(errors.WorkerDied):
@@ -128,8 +137,13 @@ def _decode(data: bytes) -> Message | None:
     return message if isinstance(message, dict) else None
 
 
+async def refuse(message: Message) -> Message:
+    """An `Answer` of one who takes no calls. Raises TransitionError."""
+    raise errors.TransitionError(f"unknown verb {message.get('verb')!r}")
+
+
 class Caller:
-    """The manager's side: calls verbs, and hands events to `on_event`.
+    """The manager's side: calls verbs, hands events to `on_event`, and the worker's own calls to `answer`.
 
     `on_late` is told what a verb of a lease was called with, when its answer comes after the caller has given up;
     `on_closed` that no more will come.
@@ -141,8 +155,11 @@ class Caller:
         on_event: Callable[[Message], None],
         on_late: Callable[[Message], None] = lambda _: None,
         on_closed: Callable[[], None] = lambda: None,
+        answer: Answer = refuse,
     ) -> None:
         self._channel = channel
+        self._answer = answer
+        self._answering: set[asyncio.Task[None]] = set()
         self._on_event = on_event
         self._on_late = on_late
         self._on_closed = on_closed
@@ -191,6 +208,8 @@ class Caller:
                     waiting.set_result(message)
                 elif "event" in message:
                     self._on_event(message)
+                elif isinstance(message.get("call"), int):
+                    await self._called(message)
                 elif isinstance(number, int) and (late := self._given_up.pop(number, None)) is not None:
                     self._on_late(late)
         except ChannelClosed as closed:
@@ -198,6 +217,17 @@ class Caller:
             self._on_closed()
         finally:
             self._fail(ChannelClosed("control channel: closed"))
+            for task in self._answering:
+                task.cancel()
+
+    async def _called(self, message: Message) -> None:
+        if len(self._answering) >= _MOST_CALLS:
+            await _reply(self._channel, "call", message["call"], _over)
+            return
+        answering = _reply(self._channel, "call", message["call"], lambda: self._answer(message))
+        task = asyncio.create_task(answering, name="control-answer")
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
 
     def _fail(self, error: ChannelClosed) -> None:
         self._closed = True
@@ -210,11 +240,79 @@ class Caller:
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
+        await asyncio.gather(*self._answering, return_exceptions=True)
         self._channel.close()
 
 
-async def serve(channel: Channel, verbs: dict[str, Handler]) -> None:
-    """The worker's side: answers verbs, each in its own task, until the manager's end closes; then returns.
+async def _over() -> Message:
+    raise errors.TransitionError(f"{_MOST_CALLS} calls are under way already")
+
+
+class Asker:
+    """The worker's side of its own calls. `settle` is given the answers."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, tuple[asyncio.Future[Message], Callable[[Message], None]]] = {}
+        self._closed = False
+
+    async def call(
+        self, verb: str, *, deadline_s: float, on_late: Callable[[Message], None] = lambda _: None, **arguments: Any
+    ) -> Message:
+        """The manager's result. One that comes after the caller has given up is given to `on_late`.
+
+        Raises ChannelClosed, TimeoutError, VerbFailed with the manager's message, ValueError for one that is too large.
+        """
+        if self._closed:
+            raise ChannelClosed("control channel: closed")
+        number = next(self._numbers)
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = (answer, on_late)
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._channel.send({"call": number, "verb": verb, **arguments})
+                message = await answer
+        except (ChannelClosed, ValueError):
+            self._waiting.pop(number, None)
+            raise
+        except (TimeoutError, asyncio.CancelledError):
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                _late(answer.result(), on_late)
+            raise
+        if "error" in message:
+            error = message["error"]
+            raise errors.VerbFailed(verb, str(error.get("type")), str(error.get("message")))
+        result: Message = message.get("result") or {}
+        return result
+
+    def settle(self, message: Message) -> None:
+        number = message.get("call")
+        if not isinstance(number, int) or number not in self._waiting:
+            return
+        answer, on_late = self._waiting.pop(number)
+        if not answer.done():
+            answer.set_result(message)
+        else:
+            _late(message, on_late)
+
+    def close(self) -> None:
+        """No more answers will come."""
+        self._closed = True
+        for answer, _ in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(ChannelClosed("control channel: closed"))
+        self._waiting.clear()
+
+
+def _late(message: Message, on_late: Callable[[Message], None]) -> None:
+    if isinstance(result := message.get("result"), dict):
+        on_late(result)
+
+
+async def serve(channel: Channel, verbs: dict[str, Handler], asker: Asker | None = None) -> None:
+    """The worker's side: answers verbs, each in its own task, until the manager's end closes; then returns. Answers to
+    the worker's own calls go to `asker`.
 
     An MballError or OSError of a handler becomes an error answer; an unknown verb too. Handlers under way when the
     channel closes are cancelled: nobody waits for their answers.
@@ -224,24 +322,40 @@ async def serve(channel: Channel, verbs: dict[str, Handler]) -> None:
         try:
             while True:
                 message, fd = await channel.receive()
+                if "call" in message:
+                    if fd is not None:
+                        os.close(fd)
+                    if asker is not None:
+                        asker.settle(message)
+                    continue
                 task = group.create_task(_answer(channel, verbs, message, fd))
                 running.add(task)
                 task.add_done_callback(running.discard)
         except ChannelClosed:
             for task in running:
                 task.cancel()
+        finally:
+            if asker is not None:
+                asker.close()
 
 
 async def _answer(channel: Channel, verbs: dict[str, Handler], message: Message, fd: int | None) -> None:
-    number, verb = message.get("id"), str(message.get("verb"))
-    handler = verbs.get(verb)
+    handler = verbs.get(str(message.get("verb")))
+    if handler is not None:
+        await _reply(channel, "id", message.get("id"), lambda: handler(message, fd))
+        return
+    if fd is not None:
+        os.close(fd)
+    await _reply(channel, "id", message.get("id"), lambda: refuse(message))
+
+
+async def _reply(channel: Channel, key: str, number: Any, act: Callable[[], Awaitable[Message]]) -> None:
     try:
-        if handler is None:
-            if fd is not None:
-                os.close(fd)
-            raise errors.TransitionError(f"unknown verb {verb!r}")
-        reply: Message = {"id": number, "result": await handler(message, fd)}
+        reply: Message = {key: number, "result": await act()}
     except (errors.MballError, OSError, ValueError, RuntimeError) as error:
-        reply = {"id": number, "error": {"type": type(error).__name__, "message": str(error)[:4000]}}
+        reply = {key: number, "error": {"type": type(error).__name__, "message": str(error)[:4000]}}
     with contextlib.suppress(ChannelClosed):
-        await channel.send(reply)
+        try:
+            await channel.send(reply)
+        except ValueError as error:
+            await channel.send({key: number, "error": {"type": "ValueError", "message": str(error)}})

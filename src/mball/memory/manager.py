@@ -41,6 +41,9 @@ from mball.memory.settings import Settings
 from mball.memory.slot import Slot
 from mball.memory.spec import ModelSpec
 from mball.memory.states import Process
+from mball.memory.swap_broker import SwapBroker
+from mball.memory.swap_keeper import SwapKeeper
+from mball.swap.store import Settings as SwapSettings
 from mball.units import format_bytes
 
 _log = structlog.get_logger(__name__)
@@ -56,7 +59,8 @@ class Manager:
     sockets, `log_dir` (by default inside it) a log per model, `state_dir` what is kept across restarts (None: nothing
     is). `command_for` gives the command that starts a model's worker; `--control-fd N --spec JSON` is added to it,
     `zygote_for` that of a zygote which can fork such workers (None: they start afresh). `runs_dir` holds the records of
-    this user's runs (None: the user's own place). `gauge` tells of the host's memory (None: the host's).
+    this user's runs (None: the user's own place). `gauge` tells of the host's memory (None: the host's). `swap` says
+    where the swap store is (None: there is none).
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Manager:
         state_dir: Path | None = None,
         settings: Settings | None = None,
         gauge: Gauge | None = None,
+        swap: SwapSettings | None = None,
     ) -> None:
         """Raises ConfigError for two models of one name, or a model whose device is not among them."""
         self._settings = settings or Settings()
@@ -94,6 +99,8 @@ class Manager:
             self._models, self._images, self.events, gauge or Gauge(), self._settings, self._wake
         )
         zygotes = {tuple(command_for(spec)): line for spec in models if (line := zygote_for(spec)) is not None}
+        self._swap = SwapKeeper(swap, self.events)
+        self._broker = SwapBroker(self._swap, self._settings.verb_s)
         self._nursery = Nursery(zygotes, self._settings, runs_dir, self._log_dir)
         self._devices.settle(
             [
@@ -108,6 +115,7 @@ class Manager:
                     self._log_dir,
                     command_for,
                     self._nursery,
+                    self._broker,
                 )
                 for device, nbytes in devices
             ]
@@ -133,6 +141,7 @@ class Manager:
             self._spawn(slot.sampler.run(), f"sampler of {slot.name}")
             _log.info("device", device=slot.name, budget_bytes=slot.ledger.total_bytes)
         self._spawn(self._books.run(self._settings.sample_s), "books")
+        self._spawn(self._open_swap(), "swap store")
         self._spawn(self._pressure.run(), "pressure")
         self._spawn(self._figures.run(), "figures")
         if self._cores is not None:
@@ -286,6 +295,7 @@ class Manager:
                 "image_bytes": self._images.ledger.promised_bytes,
                 "pressure": self._pressure.snapshot(),
             },
+            "swap": self._swap.snapshot(),
             "events": [self._told(event) for event in self.events.recent(_SHOWN)],
             "books_wrong": self._books.check(),
             "promotions": sum(model.counters.promotions for model in models),
@@ -349,6 +359,7 @@ class Manager:
             if error is not None:
                 _log.error("worker not stopped", error=str(error))
         await self._images.close(models)
+        await self._swap.close()
         await self._nursery.close()
         if self._claimed:  # else the folder is another's
             await asyncio.to_thread(_remove_sockets, self._runtime_dir)
@@ -356,6 +367,13 @@ class Manager:
                 slot.release()
             self._claimed = False
         _log.info("memory manager closed")
+
+    async def _open_swap(self) -> None:
+        """Workers that came before it are given it, too."""
+        if await self._swap.open():
+            for model in self._models.values():
+                if model.worker is not None:
+                    await self._broker.introduce(model.worker)
 
     def _model(self, name: str) -> Model:
         model = self._models.get(name)

@@ -53,14 +53,18 @@ class Hello:
 
 
 class WorkerProcess:
-    """One worker, from its start to its exit. Made by `start`. `doing`: `start`, or the verb that it is at."""
+    """One worker, from its start to its exit. Made by `start`. `doing`: `start`, or the verb that it is at; `has_swap`:
+    it was given the swap store."""
 
-    def __init__(self, child: Child, spec: WorkerSpec, caller_socket: socket.socket, log: Path) -> None:
+    def __init__(
+        self, child: Child, spec: WorkerSpec, caller_socket: socket.socket, log: Path, answer: control.Answer
+    ) -> None:
         self.spec = spec
         self.pid = child.pid
         self.exited = child.exited
         self.loaded_bytes = 0
         self.crash_counted = False
+        self.has_swap = False
         self._child = child
         self._log = log
         self._hello: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
@@ -68,7 +72,7 @@ class WorkerProcess:
         self._stopping = False
         self._unanswered = 0
         self.doing: str | None = "start"
-        self._caller = control.Caller(control.Channel(caller_socket), self._event, self._late, self._silent)
+        self._caller = control.Caller(control.Channel(caller_socket), self._event, self._late, self._silent, answer)
 
     @classmethod
     async def start(
@@ -80,8 +84,12 @@ class WorkerProcess:
         log: Path,
         settings: Settings,
         launch: Launch = fresh,
+        answer: control.Answer = control.refuse,
     ) -> tuple[WorkerProcess, Hello]:
-        """Raises WorkerNotStarted, with the last lines of its log; then its process is gone."""
+        """`answer` is given what the worker calls itself.
+
+        Raises WorkerNotStarted, with the last lines of its log; then its process is gone.
+        """
         opening = asyncio.create_task(asyncio.to_thread(_open_log, log, settings.log_bytes))
         try:
             out = await asyncio.shield(opening)
@@ -100,7 +108,7 @@ class WorkerProcess:
         finally:
             theirs.close()
             os.close(out)
-        worker = cls(child, spec, ours, log)
+        worker = cls(child, spec, ours, log, answer)
         try:
             hello = await worker._greeting(settings.start_s)
             worker.doing = None

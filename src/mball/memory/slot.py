@@ -19,6 +19,7 @@ from mball.memory.sampler import Sampler
 from mball.memory.scheduler import Scheduler
 from mball.memory.settings import Settings
 from mball.memory.spec import ModelSpec
+from mball.memory.swap_broker import SwapBroker
 from mball.memory.transition import Transitions
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Slot:
         log_dir: Path,
         command_for: Callable[[ModelSpec], list[str]],
         nursery: Nursery,
+        swap: SwapBroker,
     ) -> None:
         """`nbytes` are what all workers may hold of the device together."""
         self.device = device
@@ -61,6 +63,7 @@ class Slot:
             command_for,
             lambda model, worker: self.scheduler.worker_exited(model, worker),
             nursery.launch,
+            swap,
         )
         self.scheduler = Scheduler(self, devices, images, settings, events)
         self.sampler = Sampler(self, nursery.workers, settings, events)

@@ -33,6 +33,7 @@ from mball.memory.process import WorkerProcess, log_path
 from mball.memory.settings import Settings
 from mball.memory.spec import ModelSpec, WorkerSpec
 from mball.memory.states import Process, Weights
+from mball.memory.swap_broker import SwapBroker
 from mball.units import format_bytes
 
 _log = structlog.get_logger(__name__)
@@ -55,6 +56,7 @@ class Transitions:
         command_for: Callable[[ModelSpec], list[str]],
         on_exit: Callable[[Model, WorkerProcess], None],
         launch: Launch,
+        swap: SwapBroker,
     ) -> None:
         self._device = device
         self._ledger = ledger
@@ -66,6 +68,7 @@ class Transitions:
         self._command_for = command_for
         self._on_exit = on_exit
         self._launch = launch
+        self._swap = swap
 
     async def start(self, model: Model) -> None:
         """Gone → alive. The context's bytes are promised already.
@@ -78,6 +81,7 @@ class Transitions:
             model.counters.starts += 1
             model.generation += 1
             began = time.monotonic()
+            owner = f"{model.name} #{model.generation}"
             try:
                 worker, model.hello = await WorkerProcess.start(
                     self._command_for(model.spec),
@@ -86,14 +90,17 @@ class Transitions:
                     log=self._log_of(model),
                     settings=self._settings,
                     launch=self._launch,
+                    answer=self._swap.answers(owner),
                 )
             except MballError:
+                self._swap.gone(owner)
                 model.state = model.state.to(Process.GONE)
                 self._ledger.give_back(model.name)
                 raise
             model.worker = worker
             model.state = model.state.to(Process.ALIVE)
             worker.on_lost(model.queue.lose)
+            worker.on_exit(lambda: self._swap.gone(owner))
             worker.on_exit(lambda: self._on_exit(model, worker))
             try:
                 await self._settle(model)
@@ -310,6 +317,8 @@ class Transitions:
         model.figures.needs = model.needs
         if model.needed_bytes > self._ledger.total_bytes:
             raise ModelDoesNotFit(does_not_fit(model, self._ledger.total_bytes))
+        if model.worker is not None:
+            await self._swap.introduce(model.worker)
         await self._images.attach(model)
 
     async def _held(self, model: Model) -> int:

@@ -13,6 +13,7 @@ from mball.memory.manager import Manager
 from mball.memory.settings import Settings
 from mball.memory.spec import ModelSpec, Task, WorkerSpec
 from mball.server.config import Config, ModelConfig
+from mball.swap.store import Settings as SwapSettings
 from mball.units import GiB, MiB
 
 _CPU_BYTES = 2 * GiB
@@ -40,6 +41,7 @@ def build_manager(config: Config, runtime_dir: Path) -> Manager:
         command_for=_command,
         zygote_for=_zygote,
         settings=settings(config),
+        swap=swap_settings(config),
     )
 
 
@@ -59,6 +61,21 @@ def settings(config: Config) -> Settings:
         start_s=config.start_timeout_s,
         zygote=config.zygote,
         host_reserve_bytes=config.host_reserve_bytes,
+    )
+
+
+def swap_settings(config: Config) -> SwapSettings | None:
+    swap = config.swap
+    if swap is None:
+        return None
+    return SwapSettings(
+        swap.path.expanduser().absolute(),
+        size_bytes=swap.size_bytes,
+        slot_bytes=swap.slot_bytes,
+        daily_write_bytes=swap.daily_write_bytes,
+        ephemeral=swap.ephemeral,
+        threads=swap.threads,
+        deadline_s=swap.deadline_s,
     )
 
 

@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from mball.errors import ConfigError
+from mball.swap.layout import SLOT_BYTES
 from mball.units import GiB, MiB, parse_bytes
 
 _SIZE_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}], "examples": ["1.5GiB", "512MiB"]}
@@ -100,6 +101,30 @@ class ModelConfig(BaseModel):
         return data
 
 
+class SwapConfig(BaseModel):
+    """A store on a disk for weights and KV that leave memory."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
+
+    path: Path = Field(
+        description="A file, made where it is not, or a block device that holds nothing; if ephemeral, its folder."
+    )
+    size_bytes: ConfigSize | None = Field(
+        default=None,
+        description="What it may take of the disk in all, taken at once; without it the store has to be there "
+        "(`mball swap init`). Another size makes it anew, empty.",
+    )
+    slot_bytes: ConfigSize = Field(default=SLOT_BYTES, description="A slot, a multiple of 4 KiB.")
+    daily_write_bytes: ConfigSize | None = Field(
+        default=None, description="The most that is written to it in a day (UTC): an SSD wears out."
+    )
+    ephemeral: bool = Field(default=False, description="It has no name and nothing of it outlives the server.")
+    threads: int = Field(default=8, ge=2, le=256, description="Threads that read and write it.")
+    deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
+        default=600.0, description="How long the disk may take for one transfer, until it is held to hang."
+    )
+
+
 class Config(BaseSettings):
     """What `mball serve` runs with."""
 
@@ -125,6 +150,9 @@ class Config(BaseSettings):
         ),
     )
     dram_bytes: ConfigSize = Field(default=4 * GiB, description="DRAM for images of models that are not on the device.")
+    swap: SwapConfig | None = Field(
+        default=None, description="A store on a disk for weights and KV that leave memory; by default none."
+    )
     host_reserve_bytes: ConfigSize | None = Field(
         default=None, description="Host memory that images leave to others; by default a twentieth, at most 4 GiB."
     )
@@ -186,7 +214,7 @@ class Config(BaseSettings):
 def load_config(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Config:
     """The configuration from a YAML file, the environment and flags (None means not given).
 
-    Relative model paths in the file are taken from the file's folder. Raises ConfigError.
+    Relative paths of models and of the swap store in the file are taken from the file's folder. Raises ConfigError.
     """
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     source: type[Config] = type("Config", (Config,), {"file_values": _read_yaml(file) if file else {}, "__doc__": ""})
@@ -207,6 +235,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: a mapping of settings is wanted, not a {type(values).__name__}")
     if isinstance(models := values.get("models"), list):
         values["models"] = [_beside(file.parent, model) for model in models]
+    if isinstance(values.get("swap"), dict):
+        values["swap"] = _beside(file.parent, values["swap"])
     return values
 
 

@@ -6,6 +6,7 @@ No slot that the newest snapshot on the disk names is ever written to: so that s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,6 +75,10 @@ class Book:
         """Whether there are entries now that the last capture lacks, or the other way round."""
         self.used = False
         """Whether one was used since."""
+        self.count: Counter[Kind] = Counter()
+        """Entries by kind."""
+        self.held_slots: Counter[Kind] = Counter()
+        """Their slots."""
         self._allocator = Allocator(layout.slots)
         self._leases: dict[int, Lease] = {}
         self._leased_keys: set[bytes] = set()
@@ -235,6 +240,8 @@ class Book:
         if entry is None or generation not in (None, entry.place.generation):
             return False
         del self.entries[key]
+        self.count[entry.kind] -= 1
+        self.held_slots[entry.kind] -= entry.place.slots
         self.changed = True
         self._extents -= len(entry.place.extents)
         if retire:
@@ -276,6 +283,8 @@ class Book:
 
     def _add(self, entry: Entry) -> None:
         self.entries[entry.place.key] = entry
+        self.count[entry.kind] += 1
+        self.held_slots[entry.kind] += entry.place.slots
         self.changed = True
         self._extents += len(entry.place.extents)
 

@@ -7,12 +7,13 @@ What only looks at memory is called at once (`has`, `find`, `missed`, `abandon`,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from mball.errors import SwapMiss, SwapRefused
@@ -55,7 +56,14 @@ class SwapService:
                     store.close()
 
         threading.Thread(target=run, name="mball-swap-open", daemon=True).start()
-        return cls(await asyncio.wait_for(opening, deadline_s))
+        try:
+            async with asyncio.timeout(deadline_s):
+                return cls(await opening)
+        except BaseException:
+            # It may have come in the very moment in which its caller gave up.
+            if opening.done() and not opening.cancelled() and opening.exception() is None:
+                _close(opening.result())
+            raise
 
     async def put_image(
         self, key: bytes, model: bytes, fd: int, nbytes: int, *, saved_s: float, rate: float, deadline_s: float
@@ -92,9 +100,10 @@ class SwapService:
     async def lease(self, owner: str, wants: Sequence[Want], *, deadline_s: float) -> list[Lease | None]:
         """Slots for a worker's blocks, None for each that is there already; fewer where the rest is refused.
 
-        Raises SwapRefused where the first one is.
+        Raises SwapRefused where the first one is; what is leased after the deadline is given back.
         """
-        return await self._call(functools.partial(self._leased, owner, wants), deadline_s, writing=True)
+        call = functools.partial(self._leased, owner, wants)
+        return await self._call(call, deadline_s, writing=True, unclaimed=functools.partial(self._give_back, owner))
 
     async def commit(self, owner: str, lease_ids: Sequence[int], *, deadline_s: float) -> int:
         """See `SwapStore.commit`. Raises SwapRefused("busy") in time."""
@@ -112,11 +121,13 @@ class SwapService:
 
         def run() -> None:
             result = self.store.close(max(0.1, end - time.monotonic()))
-            loop.call_soon_threadsafe(_settle, closed, result, None)
+            with contextlib.suppress(RuntimeError):  # the loop is gone
+                loop.call_soon_threadsafe(_settle, closed, result, None)
 
         threading.Thread(target=run, name="mball-swap-close", daemon=True).start()
         try:
-            return await asyncio.wait_for(closed, deadline_s + 1.0)
+            async with asyncio.timeout(deadline_s + 1.0):
+                return await closed
         except TimeoutError:
             return False
 
@@ -156,7 +167,20 @@ class SwapService:
         finally:
             cancel.set()
 
-    async def _call(self, call: Callable[[], T], deadline_s: float, *, writing: bool) -> T:
+    def _give_back(self, owner: str, leases: list[Lease | None]) -> None:
+        for lease in leases:
+            if lease is not None:
+                self.store.abandon(owner, lease.id)
+
+    async def _call(
+        self,
+        call: Callable[[], T],
+        deadline_s: float,
+        *,
+        writing: bool,
+        unclaimed: Callable[[T], None] = lambda _: None,
+    ) -> T:
+        """`unclaimed` is given the result that nobody waited for."""
         try:
             if self._waiting >= _MOST_WAITING:
                 raise TimeoutError
@@ -167,9 +191,13 @@ class SwapService:
         loop = asyncio.get_running_loop()
         future.add_done_callback(lambda _: _told(loop, self._done))
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), deadline_s)
-        except TimeoutError:
-            raise _busy(writing, f"the disk took over {deadline_s:.0f} s") from None
+            async with asyncio.timeout(deadline_s):
+                return await asyncio.wrap_future(future)
+        except (TimeoutError, asyncio.CancelledError) as error:
+            future.add_done_callback(functools.partial(_unclaimed, unclaimed))
+            if isinstance(error, TimeoutError):
+                raise _busy(writing, f"the disk took over {deadline_s:.0f} s") from None
+            raise
 
     def _done(self) -> None:
         self._waiting -= 1
@@ -177,6 +205,11 @@ class SwapService:
 
 def _busy(writing: bool, why: str) -> SwapRefused | SwapMiss:
     return SwapRefused("busy", why) if writing else SwapMiss("busy", why)
+
+
+def _unclaimed(told: Callable[[T], None], future: Future[T]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        told(future.result())
 
 
 def _told(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
@@ -188,8 +221,12 @@ def _settle(future: asyncio.Future[T], result: T | None, error: BaseException | 
     """On the loop. A store that nobody waits for any more is closed."""
     if future.done():
         if isinstance(result, SwapStore):
-            threading.Thread(target=result.close, name="mball-swap-close", daemon=True).start()
+            _close(result)
     elif error is not None:
         future.set_exception(error)
     else:
         future.set_result(result)  # type: ignore[arg-type]
+
+
+def _close(store: SwapStore) -> None:
+    threading.Thread(target=store.close, name="mball-swap-close", daemon=True).start()

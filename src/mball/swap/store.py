@@ -174,7 +174,7 @@ class SwapStore:
         wanted = place.nbytes - offset if nbytes is None else nbytes
         if offset < 0 or wanted < 0 or offset + wanted > place.nbytes:
             raise ValueError(f"bytes {offset} to {offset + wanted} of an entry of {place.nbytes}")
-        with self._held(key):
+        with self.held(key):
             try:
                 with _memory(into, wanted, writable=True) as memory:
                     read = self._threads.run(
@@ -240,9 +240,9 @@ class SwapStore:
             return self._book.abandon(owner, lease_id)
 
     def failed(self, owner: str, lease_id: int, error: OSError) -> None:
-        """Writing a lease's slots failed: it is given back, and where that is the disk's fault no more is written."""
-        self.abandon(owner, lease_id)
-        if of_the_disk(error):
+        """Writing a lease's slots failed: it is given back, and where that is the disk's fault no more is written.
+        Who has no such lease is not believed."""
+        if self.abandon(owner, lease_id) and of_the_disk(error):
             self._fail(f"a write failed: {os.strerror(error.errno or 0)}")
 
     def release(self, owner: str) -> int:
@@ -258,7 +258,6 @@ class SwapStore:
         """As JSON. Only looks."""
         with self._lock:
             book = self._book
-            images = [entry for entry in book.entries.values() if entry.kind is Kind.IMAGE]
             stride = self.layout.stride_bytes
             return {
                 "path": str(self._opened.path),
@@ -268,10 +267,10 @@ class SwapStore:
                 "free_slots": book.free_slots + book.quarantined_slots,
                 "leased_slots": book.leased_slots,
                 "retired_slots": book.retired_slots,
-                "images": len(images),
-                "image_bytes": sum(entry.place.slots for entry in images) * stride,
-                "blocks": len(book.entries) - len(images),
-                "block_bytes": sum(e.place.slots for e in book.entries.values() if e.kind is Kind.BLOCK) * stride,
+                "images": book.count[Kind.IMAGE],
+                "image_bytes": book.held_slots[Kind.IMAGE] * stride,
+                "blocks": book.count[Kind.BLOCK],
+                "block_bytes": book.held_slots[Kind.BLOCK] * stride,
                 "written_today_bytes": book.budget.used_bytes,
                 "daily_write_bytes": book.budget.limit_bytes,
                 "direct": self._opened.disk.direct,
@@ -364,7 +363,8 @@ class SwapStore:
         return functools.partial(self.slots.read_run, place, run, memory, offset)
 
     @contextmanager
-    def _held(self, key: bytes) -> Iterator[None]:
+    def held(self, key: bytes) -> Iterator[None]:
+        """It is not evicted meanwhile. Only looks."""
         with self._lock:
             self._book.hold(key)
         try:

@@ -24,7 +24,9 @@ def table(state: dict[str, Any]) -> Table:
     dram, several = state["dram"], len(state["devices"]) > 1
     lines = [_device(device, number if several else None) for number, device in enumerate(state["devices"])]
     lines.append(f"dram: {format_bytes(dram['image_bytes'])} of {format_bytes(dram['total_bytes'])}")
-    title = ("\n" if several else "   ").join(lines)
+    if state["swap"] is not None:
+        lines.append(_swap(state["swap"]))
+    title = ("\n" if several or state["swap"] is not None else "   ").join(lines)
     view = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, padding=0)
     on = ["on"] if several else []
     for name in ("model", "rung", *on, "device", "running", "queued", "swaps", "last", "GiB/s"):
@@ -58,6 +60,18 @@ def _device(device: dict[str, Any], number: int | None) -> str:
     if device["foreign_bytes"]:
         text += f", {format_bytes(device['foreign_bytes'])} held by others"
     return f"{text}, does not answer" if device["lost"] else text
+
+
+def _swap(swap: dict[str, Any]) -> str:
+    """How full the swap store is, and what is wrong with it."""
+    if swap["state"] != "open":
+        return f"swap: {swap['path']}, {swap['error'] or swap['state']}"
+    held = format_bytes(swap["image_bytes"] + swap["block_bytes"])
+    text = f"swap: {held} of {format_bytes(swap['total_bytes'])}, {swap['images']} images, {swap['blocks']} KV blocks"
+    if swap["daily_write_bytes"] is not None:
+        limit = format_bytes(swap["daily_write_bytes"])
+        text += f", {format_bytes(swap['written_today_bytes'])} written today of {limit}"
+    return f"{text}, read-only: {swap['read_only']}" if swap["read_only"] else text
 
 
 def ps(url: Url = DEFAULT_URL, as_json: Json = False) -> None:

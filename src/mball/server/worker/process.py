@@ -44,7 +44,8 @@ async def run(control_fd: int, spec: WorkerSpec) -> int:
             # What is there now stays: each later collection, one a demotion, looks at new objects alone.
             gc.collect()
             gc.freeze()
-            verbs = Verbs(service, channel, stopping.set)
+            asker = control.Asker(channel)
+            verbs = Verbs(service, channel, stopping.set, asker)
             hello = _hello(service)
             listener = _listen(spec.socket_path)
         except (MballError, OSError, ValueError, RuntimeError, ImportError) as error:
@@ -53,7 +54,7 @@ async def run(control_fd: int, spec: WorkerSpec) -> int:
                 text = f"{type(error).__name__}: {error}"
                 await channel.send({"event": "failed", "error": text[:4000]})
             return 1
-        manager = _answer_manager(channel, hello, verbs)
+        manager = _answer_manager(channel, hello, verbs, asker)
         try:
             await _serve(service, listener, manager, stopping)
         finally:
@@ -82,11 +83,11 @@ def _hello(service: Service) -> control.Message:
     }
 
 
-async def _answer_manager(channel: control.Channel, hello: control.Message, verbs: Verbs) -> None:
+async def _answer_manager(channel: control.Channel, hello: control.Message, verbs: Verbs, asker: control.Asker) -> None:
     """Returns when the manager's end closes."""
     with contextlib.suppress(control.ChannelClosed):
         await channel.send(hello)
-    await control.serve(channel, verbs.table())
+    await control.serve(channel, verbs.table(), asker)
 
 
 def _listen(path: str) -> socket.socket:

@@ -18,11 +18,12 @@ from mball.device.cuda import CudaRuntime
 from mball.device.proc import private_bytes
 from mball.errors import TransitionError
 from mball.loader.registered import IMAGES
-from mball.memory.control import Channel, ChannelClosed, Handler, Message
+from mball.memory.control import Asker, Channel, ChannelClosed, Handler, Message
 from mball.server.engine.api import GenerateRequest, Output, SamplingParams
 from mball.server.engine.resident import torch_device
 from mball.server.worker.service import Service
 from mball.server.worker.threads import in_thread
+from mball.swap.slots import Slots
 
 CANARY_TIMEOUT_S = 60.0
 PROGRESS_INTERVAL_S = 0.2
@@ -38,7 +39,10 @@ class Verbs:
     A verb that carries an epoch below one seen before comes from a lease that has ended, and is refused.
     """
 
-    def __init__(self, service: Service, channel: Channel, stop: Callable[[], None]) -> None:
+    def __init__(
+        self, service: Service, channel: Channel, stop: Callable[[], None], asker: Asker | None = None
+    ) -> None:
+        """`asker` makes the worker's own calls (None: it has none to make)."""
         self._service = service
         self._channel = channel
         self._stop = stop
@@ -48,6 +52,8 @@ class Verbs:
         self._epoch = 0
         self._image_fd: int | None = None
         self._registering: asyncio.Task[None] | None = None
+        self._asker = asker
+        self._slots: Slots | None = None
         self._canary_ids = service.tokenizer.encode(_CANARY_TEXT, service.engine.max_model_len)
 
     def table(self) -> dict[str, Handler]:
@@ -58,13 +64,20 @@ class Verbs:
             "threads": self._threads,
             "image": self._image,
             "drop_image": self._drop_image,
+            "swap": self._swap,
             "canary": self._canary,
             "status": self._status,
             "stop": self._stopped,
         }
 
     def close(self) -> None:
-        """Idempotent. The engine has ended, or reads the image no more."""
+        """Idempotent. The engine has ended."""
+        self._let_go()
+        if self._slots is not None:
+            self._slots.disk.close()
+
+    def _let_go(self) -> None:
+        """The engine reads the image no more."""
         if self._image_fd is not None:
             IMAGES.detach(self._image_fd)
             os.close(self._image_fd)
@@ -146,7 +159,7 @@ class Verbs:
         except BaseException:
             os.close(image_fd)
             raise
-        await in_thread(self.close)
+        await in_thread(self._let_go)
         self._image_fd = image_fd
         self._register_ahead(image_fd)
 
@@ -164,7 +177,21 @@ class Verbs:
         self._unwanted.set()
         async with self._filling, self._moving:
             await in_thread(lambda: self._service.engine.use_image(None))
-            await in_thread(self.close)
+            await in_thread(self._let_go)
+        return {}
+
+    async def _swap(self, message: Message, fd: int | None) -> Message:
+        """The swap store: the descriptor of its file, and its layout under `slots`."""
+        if fd is None:
+            raise TransitionError("swap: no descriptor came with it")
+        if self._slots is not None:
+            os.close(fd)
+            raise TransitionError("swap: it is there already")
+        try:
+            self._slots = Slots.from_wire(fd, message["slots"])
+        except (KeyError, TypeError, ValueError) as error:
+            os.close(fd)
+            raise TransitionError(f"swap: its layout is {message.get('slots')!r} ({error!r})") from None
         return {}
 
     async def _canary(self, message: Message, fd: int | None) -> Message:
