@@ -55,7 +55,7 @@ async def busy(
 
 
 async def test_nobody_starves_and_switching_takes_its_share_of_time_and_no_more(serve: Serve) -> None:
-    settings = dataclasses.replace(QUICK, max_wait_s=60.0, swap_time_share=0.25)
+    settings = dataclasses.replace(QUICK, max_wait_s=60.0, swap_time_share=0.25, swap_saved_s=0.0)
     running = await serve(*(model(name, Knobs(promote_s=0.1)) for name in "abc"), settings=settings)
     for name in "abc":
         await running.ask(name)
@@ -88,12 +88,26 @@ async def test_a_request_that_waited_long_enough_ends_a_stay(serve: Serve) -> No
 
 
 async def test_inside_its_stay_a_model_is_left_alone(serve: Serve) -> None:
-    settings = dataclasses.replace(QUICK, max_wait_s=60.0, min_stay_s=1.0)
+    settings = dataclasses.replace(QUICK, max_wait_s=60.0, min_stay_s=1.0, swap_saved_s=0.0)
     running = await serve(model("a"), model("b"), settings=settings)
     await running.ask("a")
     opened = time.monotonic()
     await running.ask("b")
     assert time.monotonic() - opened >= 0.9
+
+
+async def test_an_idle_model_leaves_at_once_while_switching_is_rare(serve: Serve) -> None:
+    settings = dataclasses.replace(QUICK, max_wait_s=3.0, min_stay_s=1000.0, max_stay_s=1000.0, swap_saved_s=0.5)
+    settings = dataclasses.replace(settings, swap_time_share=0.001)
+    running = await serve(*(model(name, Knobs(promote_s=0.3)) for name in "ab"), settings=settings)
+    took = []
+    for name in "abababab":
+        began = time.monotonic()
+        await running.ask(name)
+        took.append(time.monotonic() - began)
+    # Starts come first. Then what is saved up lets some switches happen at once, and those after it wait their turn.
+    assert min(took[2:]) < 2.0
+    assert max(took[2:]) >= 2.9
 
 
 async def test_the_oldest_waiter_is_served_first(serve: Serve) -> None:

@@ -93,6 +93,18 @@ def test_an_idle_model_is_demoted_for_it_and_a_busy_one_drained() -> None:
     assert drained.again_s == RULES.drain_s
 
 
+def test_an_idle_stay_ends_early_while_switching_time_is_saved_up() -> None:
+    staying = awake("a", stay_s=1.0, min_stay_s=9.0)
+    early = on(0, staying, asleep("b"), saved_s=0.1)
+    assert early.bring is not None
+    assert [move.model for move in early.bring.moves] == ["a"]
+    spent = on(0, staying, asleep("b"), saved_s=-0.2)
+    assert spent.bring is None
+    assert spent.again_s == 0.2 / RULES.swap_time_share
+    busy = on(0, awake("a", stay_s=0.1, min_stay_s=9.0, in_flight=1), asleep("b"), saved_s=9.0)
+    assert (busy.bring, busy.gates) == (None, set())
+
+
 def test_one_transition_at_a_time_and_doors_stay_shut_meanwhile() -> None:
     gated = awake("a", in_flight=1, is_open=False, gated_s=3.0, gated=True)
     decision = on(100, gated, asleep("b"), gone("c"), busy=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mball.bench.simulate_fleet import CONTEXT_BYTES, DEMOTE_S
+from mball.bench.simulate_fleet import CONTEXT_BYTES, DEMOTE_S, DEVICE_BYTES
 from mball.bench.simulate_world import SimModel, World
+from mball.memory.allowance import Allowance
 from mball.memory.look import Look, Standing
 from mball.memory.planner import Candidate
 from mball.memory.policy import decide, image_drops
@@ -23,6 +24,7 @@ class Mball:
     def __init__(self, number: int, settings: Settings) -> None:
         self._settings = settings
         self._ahead_s = 0.0
+        self._allowance = Allowance(settings.swap_time_share, settings.swap_saved_s, 0.0)
         self._rates = [Rate(settings.rate_window_s) for _ in range(number)]
 
     def arrived(self, model: SimModel, now: float) -> None:
@@ -42,6 +44,7 @@ class Mball:
             busy=world.busy,
             starting=world.starting,
             dram_free_bytes=world.dram_free_bytes,
+            saved_s=self._allowance.at(now),
         )
         decision = decide(look, self._settings)
         for start in decision.starts:
@@ -52,7 +55,11 @@ class Mball:
             bring = decision.bring
             demote = [by_name[move.model] for move in bring.moves if move.kind == "demote"]
             stop = [by_name[move.model] for move in bring.moves if move.kind == "stop"]
-            world.bring(by_name[bring.model], demote=demote, stop=stop)
+            model = by_name[bring.model]
+            world.bring(model, demote=demote, stop=stop)
+            if bring.verb == "promote":
+                swap_s = model.promote_s + DEMOTE_S * len(demote)
+                self._allowance.spend(swap_s * model.kind.needed_bytes / DEVICE_BYTES, now)
         for model in world.models:
             if model.kind.name in decision.gates and (model.gated_since_s is None or now - model.gated_since_s < 120.0):
                 world.shut(model)

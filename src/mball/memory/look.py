@@ -59,7 +59,7 @@ class Look:
     """A device at one moment. `busy`: a transition is under way; `starting`: so many workers are.
 
     `excess_bytes` are promised of it and no longer there: others took them. `elsewhere`: models of other devices whose
-    images may go; `reading`: an image is filled for one of them.
+    images may go; `reading`: an image is filled for one of them. `saved_s`: switching time saved up.
     """
 
     free_bytes: int
@@ -70,6 +70,7 @@ class Look:
     excess_bytes: int = 0
     elsewhere: Sequence[Candidate] = ()
     reading: bool = False
+    saved_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,7 @@ class _Round:
         self._excess_bytes = look.excess_bytes
         self._elsewhere = look.elsewhere
         self._reading = look.reading
+        self._saved_s = look.saved_s
         self._taken: set[str] = set()
         self._again: list[float] = []
         self._out = Decision(0.0)
@@ -158,6 +159,7 @@ class _Round:
             self._out.crowded.append(s.name)
             change = next_change_s(snapshot, demand)
             self._again += [] if change is None else [change]
+            self._again += [-self._saved_s / self._settings.swap_time_share] if self._saved_s < 0 else []
             self._keep(demand, sum(c.demote_bytes + c.stop_bytes for c in snapshot.candidates if not c.pinned))
         elif any(move.kind == "drain" for move in moves):
             # The idle ones too: whoever entered one of them would have to be waited for next.
@@ -228,7 +230,7 @@ class _Round:
 
     def _snapshot(self) -> Snapshot:
         movable = (
-            s.candidate
+            self._candidate(s)
             for s in self._standings
             if s.process is Process.ALIVE
             and s.settled
@@ -237,3 +239,9 @@ class _Round:
             and (s.on_device or not s.filling)
         )
         return Snapshot(self._free_bytes, tuple(movable))
+
+    def _candidate(self, s: Standing) -> Candidate:
+        """A stay is there to serve in: while switching is rare, one that serves nobody ends for those that wait."""
+        c = s.candidate
+        idle = s.on_device and not (c.in_flight or c.queued)
+        return replace(c, min_stay_s=0.0) if idle and self._saved_s > 0 else c

@@ -22,6 +22,7 @@ from mball.errors import (
     WorkerDied,
     WorkerNotStarted,
 )
+from mball.memory.allowance import Allowance
 from mball.memory.events import Events
 from mball.memory.images import Images
 from mball.memory.look import Bring, Look, Standing
@@ -55,6 +56,7 @@ class Scheduler:
         self._images = images
         self._settings = settings
         self._events = events
+        self._allowance = Allowance(settings.swap_time_share, settings.swap_saved_s, time.monotonic())
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting = 0
@@ -130,6 +132,7 @@ class Scheduler:
             excess_bytes=self._ledger.excess_bytes,
             elsewhere=self._devices.elsewhere(self._slot),
             reading=self._devices.reading(self._slot),
+            saved_s=self._allowance.at(now),
         )
 
     def _standing(self, model: Model, now: float) -> Standing:
@@ -259,7 +262,9 @@ class Scheduler:
                 if worker is not None and isinstance(error, WorkerDied):
                     model.error = await worker.epitaph()
                 return
-        model.figures.last_swap_s = time.monotonic() - began
+        now = time.monotonic()
+        swap_s = model.figures.last_swap_s = now - began
+        self._allowance.spend(swap_s * model.needed_bytes / self._ledger.total_bytes, now)
         model.wanted = False
         self._unfilled.discard(model.name)
         if model.worker is not None and not model.worker.exited.is_set():

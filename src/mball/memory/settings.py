@@ -12,7 +12,8 @@ class Settings:
     """Deadlines in seconds, sizes in bytes.
 
     `swap_time_share` bounds switching: a stay on the device lasts so long that swapping takes at most this share of
-    the time. `max_wait_s` is the age at which the oldest waiter may end another model's stay early.
+    the time. One that nobody uses need not stay while a device has switching time saved up, `swap_saved_s` at most.
+    `max_wait_s` is the age at which the oldest waiter may end another model's stay early.
     `slack_bytes` is what a demoted worker may hold above its idle level without being stopped for it; what it really
     holds is charged to it. `working_bytes` is the least that a model is thought to need beside weights and KV until
     it has been measured. A load from the source that would take longer than `hold_s` goes through an image first, as
@@ -27,6 +28,7 @@ class Settings:
     queue_timeout_s: float = 600.0
     max_wait_s: float = 15.0
     swap_time_share: float = 0.2
+    swap_saved_s: float = 20.0
     min_stay_s: float = 0.0
     max_stay_s: float = 30.0
     hold_s: float = 1.0

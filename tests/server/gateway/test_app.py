@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -133,6 +134,20 @@ async def test_a_worker_that_dies_before_the_first_byte_is_a_503_with_retry_afte
         assert response.status == 503
         assert int(response.headers["retry-after"]) >= 1
         assert (await error_of(response))["type"] == "unavailable_error"
+
+
+async def test_a_request_that_did_not_reach_its_worker_goes_to_the_next(gateway: Start) -> None:
+    running = await gateway(model("a"))
+    await running.manager.load("a")
+    socket = Path(running.manager._model("a").queue._socket_path or "")
+    socket.rename(socket.with_suffix(".gone"))
+    asking = asyncio.create_task(running.http.post(running.url + CHAT, data=body("a")))
+    await running.until(lambda: running.state("a")["in_flight"] == 1)
+    os.kill(running.state("a")["pid"], signal.SIGKILL)
+    response = await asking
+    assert response.status == 200
+    assert (await response.json())["choices"][0]["message"]["content"] == "a 1 2 3 "
+    assert running.state("a")["starts"] == 2
 
 
 async def test_a_worker_that_dies_in_a_stream_ends_it_with_an_error_event(gateway: Start) -> None:

@@ -50,7 +50,8 @@ class Forward(Response):
     """Waits until the model is on the device, then streams the worker's answer.
 
     A client that leaves, waiting or streaming, ends it at once: the connection to the worker closes and the worker
-    frees the sequence. A worker that dies gives a 503 before the first byte; after it an error event ends a stream.
+    frees the sequence. A worker that dies gives a 503 before the first byte; after it an error event ends a stream. One
+    that had ended before the request reached it is replaced by the next.
     """
 
     def __init__(
@@ -71,16 +72,9 @@ class Forward(Response):
     async def _serve(self, send: Send) -> None:
         answer = _Answer(send, self._call.stream)
         try:
-            async with (
-                asyncio.timeout(self._timeout_s),
-                self._manager.admit(self._call.model, deadline_s=self._queue_timeout_s) as ticket,
-            ):
-                session = self._workers.session(ticket.socket_path)
-                # A BytesIO is written piece by piece, where bytes would be one write however many they are.
-                data = io.BytesIO(self._call.body)
-                headers = {"content-type": "application/json"}
-                async with session.post(f"http://worker{self._path}", data=data, headers=headers) as upstream:
-                    await answer.relay(upstream)
+            async with asyncio.timeout(self._timeout_s):
+                while not await self._hand_over(answer):
+                    pass
         except TimeoutError:
             late = f"{self._call.model}: no whole answer within {self._timeout_s:.0f} s"
             await answer.fail(Unavailable(late, retry_after_s=self._manager.retry_after_s(self._call.model)))
@@ -88,6 +82,25 @@ class Forward(Response):
             _log.warning("worker lost", model=self._call.model, error=repr(error))
             lost = f"{self._call.model}: its worker ended while it answered; try again"
             await answer.fail(Unavailable(lost, retry_after_s=self._manager.retry_after_s(self._call.model)))
+
+    async def _hand_over(self, answer: _Answer) -> bool:
+        """Whether a worker took the request. False once one that could not be reached is known to have ended."""
+        async with self._manager.admit(self._call.model, deadline_s=self._queue_timeout_s) as ticket:
+            session = self._workers.session(ticket.socket_path)
+            # A BytesIO is written piece by piece, where bytes would be one write however many they are.
+            data = io.BytesIO(self._call.body)
+            headers = {"content-type": "application/json"}
+            try:
+                async with session.post(f"http://worker{self._path}", data=data, headers=headers) as upstream:
+                    await answer.relay(upstream)
+            except aiohttp.ClientConnectorError as error:
+                try:
+                    async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                        await ticket.lost.wait()
+                except TimeoutError:
+                    raise error from None
+                return False
+            return True
 
 
 class _Answer:
