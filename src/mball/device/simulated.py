@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,10 @@ class SimulatedDevice:
             return {pid: holder.nbytes for pid, holder in state.holders.items()}
 
     def process_bytes(self, pid: int, baseline_bytes: int = 0) -> int | None:
-        return self.holders().get(pid)
+        """Of the one process alone, as others may be many."""
+        with self._locked(pids={pid}) as state:
+            holder = state.holders.get(pid)
+        return None if holder is None else holder.nbytes
 
     def free_bytes(self) -> int:
         with self._locked() as state:
@@ -124,14 +127,14 @@ class SimulatedDevice:
             raise DeviceOutOfMemory(self.name, delta, free, self.total_bytes)
 
     @contextlib.contextmanager
-    def _locked(self, *, write: bool = False) -> Iterator[_State]:
-        """The state under the lock, less the dead; `write` keeps the changes."""
+    def _locked(self, *, write: bool = False, pids: Collection[int] | None = None) -> Iterator[_State]:
+        """The state under the lock, less the dead; `write` keeps the changes. `pids`: of these processes alone."""
         fd = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             _lock(fd, self.name)
             state = _read(self.path)
-            alive = {pid: h for pid, h in state.holders.items() if proc.start_ticks(pid) == h.start_ticks}
-            state.holders = alive
+            asked = state.holders if pids is None else {pid: h for pid, h in state.holders.items() if pid in pids}
+            state.holders = {pid: h for pid, h in asked.items() if proc.start_ticks(pid) == h.start_ticks}
             yield state
             if write:
                 _write(self.path, state)

@@ -56,7 +56,7 @@ class Settings:
     working_bytes: int = 64 * MiB
     first_rate: float = 1.0 * GiB
     sample_s: float = 0.25
-    idle_sample_s: float = 5.0
+    idle_sample_s: float = 10.0
     foreign_s: float = 1.0
     rate_window_s: float = 1200.0
     log_bytes: int = 8 * MiB
