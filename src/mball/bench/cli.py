@@ -157,14 +157,18 @@ def layers(
     limit: Annotated[float, typer.Option(min=0.1, help="Seconds a measurement may take.")] = 15.0,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds a turn may take.")] = 300.0,
     peers: Annotated[str, typer.Option(help="Whom to measure beside MBALL, by commas: accelerate.")] = "accelerate",
+    vllm: Annotated[
+        Path | None, typer.Option(help="A Python that has vLLM: it offloads the same share of its layers, too.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write every round here, as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot here: PLOT.svg and PLOT.png.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table, machine and versions here.")] = None,
 ) -> None:
-    """A model with a part of its layers streamed, against what computing and the bus allow, and against accelerate."""
+    """A model with a part of its layers streamed, against what computing and the bus or the disk allow, and against
+    accelerate and vLLM."""
     from mball.bench.layers import Settings, run_layers
 
-    settings = Settings(device, share, source, steps, rounds, limit, timeout, _words(peers))
+    settings = Settings(device, share, source, steps, rounds, limit, timeout, _words(peers), vllm)
     run_layers(model, settings, json_path=json, plot_path=plot, markdown_path=markdown, console=Console())
 
 

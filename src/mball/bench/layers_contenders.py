@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
-from mball.bench import pagecache
+from mball.bench import pagecache, raw_disk
 from mball.bench.contenders import READY, Cannot
 from mball.errors import MballError
 
 MBALL = "mball"
 ACCELERATE = "accelerate device_map"
+VLLM = "vLLM prefetch offload"
 
 _PROMPT = tuple(range(5, 37))
 _WARM_STEPS = 12
@@ -85,10 +86,11 @@ def mball(spec: Spec) -> dict[str, Any]:
         if spec.image_fd is None:
             _forget(spec)
         raw = _raw_rate(engine, spec)
-        if spec.image_fd is None:
-            _forget(spec)
+        disk = [] if spec.image_fd is not None else [_disk(layers, spec)]
         part = _steps(engine, spec)
         layout = layers.layout
+        if disk:
+            disk.append(_disk(layers, spec))
         streamed_bytes = sum(layers._parts[layer].nbytes for layer in layout.streamed)
         same = min(len(whole.logprobs), len(part.logprobs))
         if whole.logprobs[:same] != part.logprobs[:same]:
@@ -105,7 +107,9 @@ def mball(spec: Spec) -> dict[str, Any]:
             "weights_bytes": layers.nbytes,
             "device_bytes": _device_bytes(spec),
             "steps": len(part.gaps),
+            **({"disk_bytes_s": max(found.bytes_s for found in disk)} if disk else {}),
             "facts": {
+                **({"disk_depth": max(disk, key=lambda found: found.bytes_s).depth} if disk else {}),
                 "streamed": f"{len(layout.streamed)} of {num_layers} layers",
                 "slots": layout.slots,
                 "compared_tokens": same,
@@ -253,6 +257,20 @@ def _raw_rate(engine: Any, spec: Spec) -> float:
 
     engine._between_steps(measure)
     return max(rates)
+
+
+def _disk(layers: Any, spec: Spec) -> raw_disk.Best:
+    """The bare disk, of the bytes of the streamed layers."""
+    _forget(spec)
+    shards = layers._checkpoint.shards
+    stretches = [
+        raw_disk.Stretch(str(shards[extent.shard].path), extent.start, extent.nbytes)
+        for layer in layers.layout.streamed
+        for extent in layers._parts[layer].extents
+    ]
+    found = raw_disk.best(stretches, spec.limit_s / len(raw_disk.DEPTHS))
+    _forget(spec)
+    return found
 
 
 def _settled(fetch: Any) -> None:

@@ -16,7 +16,10 @@ from mball.swap.layers_plan import Sizes
 from mball.swap.layers_read import PART_BYTES
 
 LAYER_THREADS = 4
-"""Threads that read layers which have no image: enough for a disk's queue."""
+"""Threads that read layers which have no image, on the CPU: enough for a disk's queue."""
+
+GPU_LAYER_THREADS = 8
+"""Beside a GPU: they copy what they have read, and the disk is not to wait for that."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from mball.loader.checkpoint import Checkpoint
 from mball.loader.weights import Weights
 from mball.memory.spec import WorkerSpec
 from mball.server.engine import experts
-from mball.server.engine.footprint import LAYER_THREADS
+from mball.server.engine.footprint import GPU_LAYER_THREADS, LAYER_THREADS
 from mball.server.engine.transformers_adapter import Model
 from mball.swap.experts import ExpertWeights
 from mball.swap.layers import LayeredWeights
@@ -146,7 +146,7 @@ def _streamed(
         "sources": model.sources,
         "ignore": model.ignored,
         "account": account,
-        "threads": LAYER_THREADS,
+        "threads": LAYER_THREADS if device.type == "cpu" else GPU_LAYER_THREADS,
     }
     if option == "resident_layers":
         return LayeredWeights.bind(model.module, found, checkpoint, **options)
