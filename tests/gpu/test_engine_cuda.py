@@ -43,6 +43,14 @@ def test_seeded_sampling_is_the_same_alone_in_a_batch_and_after_a_swap(
     assert [run.tokens for run in run_all(engine, MIXED, **options)] == batch
 
 
+def test_no_step_plans_an_attention_anew(model_dir: ModelDir, engine_for: EngineFor) -> None:
+    engine_for(model_dir("llama"), device="cuda:0")
+    query = torch.zeros(1, 8, 4, 64, dtype=torch.bfloat16, device="cuda")
+    with torch.profiler.profile() as profile:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert not [event.name for event in profile.events() if "cudnn" in event.name]
+
+
 def test_demote_gives_the_memory_back(model_dir: ModelDir, engine_for: EngineFor) -> None:
     engine = engine_for(model_dir("llama"), device="cuda:0", promote=False)
     before = torch.cuda.memory_allocated()

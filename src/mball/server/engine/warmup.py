@@ -23,6 +23,8 @@ def warm_up(device: torch.device, geometry: KVGeometry) -> None:
 
     Raises RuntimeError, TimeoutError, DeviceError.
     """
+    # cuDNN plans anew for every length that it has not seen: 2 ms of the host for each layer of each decode step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # A library's handle belongs to a thread, and goes to the next one when that has ended: the engine's.
     with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as thread:
         thread.submit(_warm_up, device, geometry).result(_DEADLINE_S)
