@@ -29,7 +29,7 @@ pytestmark = [
 
 LAYERS = 12
 MIXED = prompts(5)
-ON_GPU = {"device": "cuda:0", "max_num_seqs": 1}
+ON_GPU = {"device": "cuda:0", "max_num_seqs": 1, "enable_prefix_caching": False}
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,8 @@ def mball(spec: Spec) -> dict[str, Any]:
         max_num_seqs=1,
         max_model_len=len(_PROMPT) + spec.steps + _WARM_STEPS,
         resident_layers="auto",
+        # The same prompt is computed again and again.
+        enable_prefix_caching=False,
     )
     engine = open_engine(worker, OpenAccount())
     layers = engine._weights.streamed

@@ -140,7 +140,15 @@ class CudaStream:
 
 @cache
 def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    """One stream for all loads to a device. Not of torch's pool: its first stream makes 32, which cost 64 MiB there."""
+    """One stream for all loads to a device."""
+    return new_stream(device)
+
+
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    """Beside what is computed, for good. Not of torch's pool: its first stream makes 32, which cost 64 MiB there.
+
+    Raises DeviceError.
+    """
     handle = ctypes.c_void_p()
     with torch.cuda.device(device):
         torch.cuda.current_stream(device).query()

@@ -20,7 +20,9 @@ class WorkerSpec:
     worker choose it from `max_num_seqs` and `max_model_len`. `resident_layers` stay on the device while the others are
     streamed through it: as many as fit (`auto`), a number, or None for a model that is never streamed.
     `resident_experts` says so of a mixture's experts, counted over all layers; one of the two is given at most.
-    `device_memory_bytes` is what `auto` may take in all (None: there is no limit).
+    `device_memory_bytes` is what `auto` may take in all (None: there is no limit). `enable_prefix_caching`: KV of
+    sequences that ended is kept for those that begin alike. `kv_arena_bytes` of host memory are for KV blocks that left
+    the device (None: a modest part on a GPU, none on the CPU); a store of blocks is used through it.
     """
 
     model: str
@@ -40,6 +42,8 @@ class WorkerSpec:
     resident_layers: int | Literal["auto"] | None = None
     resident_experts: int | Literal["auto"] | None = None
     device_memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+    kv_arena_bytes: int | None = None
 
     @property
     def streamed(self) -> bool:

@@ -26,12 +26,20 @@ EngineFor = Callable[..., GenerateEngine]
 class Run:
     """One submitted request and its outputs so far."""
 
-    def __init__(self, engine: Generator, request_id: str, prompt: Sequence[int], **sampling: Any) -> None:
+    def __init__(
+        self,
+        engine: Generator,
+        request_id: str,
+        prompt: Sequence[int],
+        *,
+        cache_salt: str | None = None,
+        **sampling: Any,
+    ) -> None:
         self.outputs: list[Output] = []
         self.first = threading.Event()
         self.done = threading.Event()
         params = SamplingParams(**{"max_tokens": 12, "seed": 1, "temperature": 0.0, **sampling})
-        engine.submit(GenerateRequest(request_id, prompt, params), self._emit)
+        engine.submit(GenerateRequest(request_id, prompt, params, cache_salt), self._emit)
 
     def _emit(self, output: Output) -> None:
         self.outputs.append(output)

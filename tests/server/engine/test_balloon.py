@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from mball.device.account import OpenAccount
 from mball.errors import DeviceOutOfMemory, TransitionError
-from mball.server.engine.kv_cache import BlockAllocator, KVCache, KVGeometry
+from mball.server.engine.blocks import BlockAllocator
+from mball.server.engine.kv_cache import KVCache, KVGeometry
 from mball.server.engine.scheduler import Scheduler, Sequence
 from mball.units import MiB
 from tests.device.test_vmm import resident_bytes

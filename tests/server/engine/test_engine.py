@@ -76,7 +76,7 @@ def test_seeded_sampling_is_the_same_alone_in_a_batch_after_preemption_and_after
     other_seeds = options | {"seed": [21, 22, 23, 24, 25, 26]}
     assert [run.tokens for run in run_all(engine, MIXED, **other_seeds)] != batch
     # Room for the longest sequence and a little more: the others are preempted and computed again.
-    block_bytes = engine._geometry.block_bytes(4)
+    block_bytes = engine._pool._geometry.block_bytes(4)
     small = engine_for(path, kv_cache_bytes=20 * block_bytes, max_model_len=72)
     assert [run.tokens for run in run_all(small, MIXED, **options)] == batch
     assert small._scheduler.num_preemptions > 0

@@ -184,7 +184,7 @@ def test_swaps_and_an_image_that_comes_and_goes_while_a_sequence_runs(
 ) -> None:
     path = deep("qwen3_moe")
     expected = answers(engine_for(path))
-    engine = engine_for(path, resident_layers=1, promote=False)
+    engine = engine_for(path, resident_layers=1, promote=False, enable_prefix_caching=False)
     fd = image_of(engine)
     engine.use_image(None)
     for source in (None, fd, None):

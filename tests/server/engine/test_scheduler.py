@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mball.server.engine.kv_cache import NULL_BLOCK, BlockAllocator
+from mball.server.engine.blocks import BlockAllocator
+from mball.server.engine.kv_cache import NULL_BLOCK
 from mball.server.engine.scheduler import Chunk, Scheduler, Sequence
 
 Plan = tuple[int, int, int]

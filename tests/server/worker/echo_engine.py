@@ -17,6 +17,7 @@ from mball.server.engine.api import (
     Output,
     Promoted,
 )
+from mball.swap.block_store import BlockStore
 
 Script = Callable[[GenerateRequest], Sequence[int]]
 
@@ -108,6 +109,9 @@ class EchoEngine:
         self.threads = threads
 
     def use_image(self, image_fd: int | None) -> None:
+        pass
+
+    def use_block_store(self, store: BlockStore | None) -> None:
         pass
 
     def fill_image(self, image_fd: int, cancel: threading.Event | None = None) -> int:

@@ -178,9 +178,11 @@ async def test_sampling_reaches_the_engine(worker: Worker) -> None:
         max_completion_tokens=9,
         min_tokens=2,
         stop_token_ids=[11],
+        cache_salt="a tenant",
         n=2,
     )
     assert answer.status_code == 200, answer.text
+    assert [request.cache_salt for request in worker.engine.submitted] == ["a tenant"] * 2
     first, second = (request.sampling for request in worker.engine.submitted)
     assert first.seed != second.seed
     assert (first.temperature, first.top_p, first.top_k, first.max_tokens) == (0.5, 0.9, 40, 9)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from mball.swap.block_store import BlockStore
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -38,11 +40,13 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One sequence to continue. `prompt` holds at least one token id."""
+    """One sequence to continue. `prompt` holds at least one token id. Sequences share KV only where their `cache_salt`
+    is the same (vLLM's name): one a tenant keeps tenants apart."""
 
     request_id: str
     prompt: Sequence[int]
     sampling: SamplingParams
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,11 @@ class EngineStatus:
     """Numbers of the moment. Bytes are device bytes. `spare_bytes` can be given to the balloon beside what is there
     already, and nobody would notice. `error` says what is wrong with the engine, if anything is. Of `num_layers`,
     `resident_layers` stay on the device and the others are streamed; of `num_experts`, which are those of all layers,
-    `resident_experts` have room. All are 0 where nothing is streamed."""
+    `resident_experts` have room. All are 0 where nothing is streamed.
+
+    Of tokens that need not be computed, `prefix_hit_tokens` were in the KV pool and `kv_restored_tokens` came back to
+    it. `kv_stored_blocks` were written to the store. `kv_refusals`: computing was the faster way; `kv_failures`: blocks
+    that were damaged or late, and computed instead."""
 
     resident: bool
     running: int
@@ -121,6 +129,11 @@ class EngineStatus:
     resident_layers: int = 0
     num_experts: int = 0
     resident_experts: int = 0
+    prefix_hit_tokens: int = 0
+    kv_restored_tokens: int = 0
+    kv_stored_blocks: int = 0
+    kv_refusals: int = 0
+    kv_failures: int = 0
 
 
 class Residency(Protocol):
@@ -181,6 +194,13 @@ class Generator(Residency, Protocol):
 
     def abort(self, request_id: str) -> None:
         """End a sequence and free its slot before the next step. Thread-safe; unknown ids are ignored."""
+
+    def use_block_store(self, store: BlockStore | None) -> None:
+        """Where KV blocks go to and come back from below host memory, from now on; None: nowhere. Of the one before
+        nothing is used any more. Thread-safe, at any time. Without host memory for blocks it is not used.
+
+        Raises TransitionError where what was begun with the one before does not end in time.
+        """
 
     def status(self) -> EngineStatus: ...
 

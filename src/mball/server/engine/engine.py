@@ -13,23 +13,32 @@ import torch
 from mball.device.account import Account
 from mball.errors import MballError, TransitionError
 from mball.memory.spec import WorkerSpec
-from mball.server.engine import balloon as balloons
 from mball.server.engine import request as requests
-from mball.server.engine import runner, sampler
+from mball.server.engine import runner, sampler, tiers
 from mball.server.engine.api import Ballooned, Demoted, Emit, EngineStatus, GenerateRequest, Output, Promoted
-from mball.server.engine.kv_cache import BlockAllocator, KVCache, KVGeometry
+from mball.server.engine.blocks import BlockAllocator
+from mball.server.engine.kv_cache import KVGeometry
+from mball.server.engine.pool import Pool
+from mball.server.engine.prefix import Chain, root
+from mball.server.engine.prefixes import Prefixes
 from mball.server.engine.request import Request
 from mball.server.engine.resident import Progress, ResidentWeights
 from mball.server.engine.scheduler import Chunk, Scheduler, Sequence
-from mball.units import format_bytes
+from mball.swap.block_store import BlockStore
 
 log = logging.getLogger(__name__)
 
 STEP_DEADLINE_S = 120.0
 """The longest that demote and close wait for the step under way."""
 
+CLOSE_S = 5.0
+"""The longest that KV blocks are written to their store at the end."""
+
 _PROMPT_LOGPROBS_CHUNK = 64
 """Prompt tokens a step whose logits are all kept; it bounds the memory they take, a vocabulary of floats each."""
+
+_MEASURED_SHARE = 0.75
+"""Of a step's tokens so many belong to one prompt where its time says what computing them costs."""
 
 _STEP_FAILURES = (
     MballError,
@@ -76,23 +85,27 @@ class GenerateEngine:
         max_model_len: int,
         vocab_size: int,
         eos_token_ids: frozenset[int],
+        model: bytes,
     ) -> None:
+        """`model` names its content and how its KV is computed and laid out (`prefix.identity`)."""
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.eos_token_ids = eos_token_ids
         self._spec = spec
         self._weights = weights
-        self._geometry = geometry
-        self._account = account
         self._device = device
-        self._cache: KVCache | None = None
-        self._threads = self._threads_set = spec.threads
+        self._model = model
+        self._tier = tiers.open_tier(spec, geometry, model, device, self._loaded)
+        allocator = BlockAllocator(num_blocks)
         self._scheduler: Scheduler[Request] = Scheduler(
-            BlockAllocator(num_blocks),
+            allocator,
             block_size=spec.block_size,
             max_num_seqs=spec.max_num_seqs,
             max_num_batched_tokens=spec.max_num_batched_tokens,
+            prefixes=Prefixes(allocator, self._tier),
         )
+        self._pool = Pool(spec, geometry, account, device, weights, self._scheduler, max_model_len)
+        self._threads = self._threads_set = spec.threads
         # Guards what stands below. The scheduler is the thread's alone.
         self._changed = threading.Condition()
         self._arrived: list[Sequence[Request]] = []
@@ -116,7 +129,10 @@ class GenerateEngine:
         if problem is None:
             owner = Request.of(request, emit, self.max_model_len)
             limit = _PROMPT_LOGPROBS_CHUNK if request.sampling.prompt_logprobs else None
-            sequence = Sequence(request.request_id, list(request.prompt), owner, limit)
+            chain = None
+            if self._spec.enable_prefix_caching and not request.sampling.prompt_logprobs:
+                chain = Chain(root(self._model, request.cache_salt), self._spec.block_size)
+            sequence = Sequence(request.request_id, list(request.prompt), owner, limit, chain)
             with self._changed:
                 if self._resident:
                     self._arrived.append(sequence)
@@ -131,7 +147,8 @@ class GenerateEngine:
             self._changed.notify_all()
 
     def status(self) -> EngineStatus:
-        allocator, cache = self._scheduler.allocator, self._cache
+        allocator, cache, prefixes = self._scheduler.allocator, self._pool.cache, self._scheduler.prefixes
+        size, counts = self._spec.block_size, {} if self._tier is None else self._tier.counts()
         with self._changed:
             return EngineStatus(
                 resident=self._resident,
@@ -142,13 +159,22 @@ class GenerateEngine:
                 weights_bytes=self._weights.nbytes,
                 kv_bytes=0 if cache is None else cache.nbytes,
                 error=self._error,
-                ballooned_bytes=self._ballooned_bytes,
-                spare_bytes=0 if cache is None else self._spare_bytes(cache),
+                ballooned_bytes=self._pool.ballooned_bytes,
+                spare_bytes=self._pool.spare_bytes,
                 num_layers=self._weights.num_layers,
                 resident_layers=self._weights.resident_layers,
                 num_experts=self._weights.num_experts,
                 resident_experts=self._weights.resident_experts,
+                prefix_hit_tokens=prefixes.hit_blocks * size,
+                kv_restored_tokens=prefixes.restored_blocks * size,
+                kv_stored_blocks=counts.get("stored_blocks", 0),
+                kv_refusals=counts.get("dram:refused", 0) + counts.get("store:refused", 0),
+                kv_failures=counts.get("failed_loads", 0) + counts.get("late_loads", 0),
             )
+
+    def use_block_store(self, store: BlockStore | None) -> None:
+        if self._tier is not None and not self._tier.use_store(store):
+            raise TransitionError(f"{self._spec.model}: what it reads from its store of KV blocks does not end")
 
     @property
     def image_bytes(self) -> int:
@@ -163,21 +189,12 @@ class GenerateEngine:
             state = "on the device already" if self._resident else f"broken ({self._error}): restart its worker"
             raise TransitionError(f"{self._spec.model} is {state}")
         load_s = self._weights.load(image_fd, progress)
-        pool = self._scheduler.allocator
         try:
-            cache = KVCache(
-                self._geometry,
-                pool.num_blocks,
-                self._spec.block_size,
-                self._device,
-                self._account,
-                max_blocks=pool.max_blocks,
-            )
+            cache = self._pool.open()
         except (MballError, OSError, RuntimeError):
             self._weights.release()
             raise
         with self._changed:
-            self._cache = cache
             self._resident = True
             self._parked = False
             self._changed.notify_all()
@@ -194,10 +211,9 @@ class GenerateEngine:
 
     def balloon(self, nbytes: int, *, gently: bool = False) -> Ballooned:
         began = time.perf_counter()
-        give = self._share(nbytes)
-        blocks = self._blocks_without(give.kv_bytes, nbytes)
-        self._between_steps(lambda: self._squeeze(blocks, give.cells, gently=gently))
-        return Ballooned(self._ballooned_bytes, self._held_bytes, time.perf_counter() - began)
+        blocks, cells = self._pool.give(nbytes)
+        self._between_steps(lambda: self._pool.squeeze(blocks, cells, gently=gently))
+        return Ballooned(self._pool.ballooned_bytes, self._pool.held_bytes, time.perf_counter() - began)
 
     def use_image(self, image_fd: int | None) -> None:
         if self._weights.streamed is not None and not self._ended and not self._closing:
@@ -220,61 +236,6 @@ class GenerateEngine:
     def set_threads(self, threads: int) -> None:
         self._threads = threads
 
-    @property
-    def _block_bytes(self) -> int:
-        return self._geometry.block_bytes(self._spec.block_size)
-
-    @property
-    def _pool_bytes(self) -> int:
-        """Of the whole pool, nothing given up."""
-        return self._scheduler.allocator.max_blocks * self._block_bytes
-
-    @property
-    def _held_bytes(self) -> int:
-        """What the pool has of the device; what it will have, while it is off."""
-        cache = self._cache
-        return self._scheduler.allocator.num_blocks * self._block_bytes if cache is None else cache.nbytes
-
-    def _spare_bytes(self, cache: KVCache) -> int:
-        longest = -(-self.max_model_len // self._spec.block_size)
-        least = 1 + max(longest, self._scheduler.allocator.num_used)
-        return max(0, cache.nbytes - cache.mapped_bytes(least)) if cache.shrinks else 0
-
-    @property
-    def _ballooned_bytes(self) -> int:
-        return self._pool_bytes - self._held_bytes + self._weights.ballooned_bytes
-
-    def _share(self, nbytes: int) -> balloons.Give:
-        layers, cache = self._weights.streamed, self._cache
-        if layers is None:
-            return balloons.Give(nbytes, 0)
-        longest = 1 + -(-self.max_model_len // self._spec.block_size)
-        kept = longest * self._block_bytes if cache is None else cache.mapped_bytes(longest)
-        return balloons.share(
-            nbytes,
-            easy_bytes=max(0, self._pool_bytes - kept) if cache is None or cache.shrinks else 0,
-            most_cells=layers.max_cells,
-            least_cells=layers.least_cells,
-            cell_bytes=layers.bytes_of,
-        )
-
-    def _blocks_without(self, nbytes: int, asked_bytes: int) -> int:
-        """How many blocks are left where the pool gives up `nbytes` of `asked_bytes`. Raises TransitionError."""
-        cache, left = self._cache, self._pool_bytes - nbytes
-        if cache is not None and not cache.shrinks and nbytes > 0:
-            raise TransitionError(f"{self._spec.model}: its KV pool can't shrink: install cuda-bindings")
-        blocks = left // self._block_bytes if cache is None else cache.fitting_blocks(left)
-        if asked_bytes < 0 or blocks < 2:
-            least = 2 * self._block_bytes if cache is None else cache.mapped_bytes(2)
-            layers = self._weights.streamed
-            streamed = 0 if layers is None else layers.bytes_of(layers.max_cells) - layers.bytes_of(layers.least_cells)
-            most = format_bytes(max(0, self._pool_bytes - least) + streamed)
-            whose = "its KV pool" if layers is None else "its KV pool and its weights"
-            raise TransitionError(
-                f"{self._spec.model}: {format_bytes(asked_bytes)} for the balloon; {whose} can give up {most} at most"
-            )
-        return blocks
-
     def close(self) -> None:
         with self._changed:
             self._closing = True
@@ -285,12 +246,12 @@ class GenerateEngine:
         if self._thread.is_alive():
             raise TransitionError(f"{self._spec.model}: its step did not end within {STEP_DEADLINE_S:.0f} s")
         self._release()
+        if self._tier is not None and not self._tier.close(CLOSE_S):
+            log.warning("%s: a read or write of KV blocks hangs", self._spec.model)
         self._weights.close()
 
     def _release(self) -> int:
-        released = self._weights.release()
-        cache, self._cache = self._cache, None
-        return released + (cache.release() if cache is not None else 0)
+        return self._pool.release() + self._weights.release()
 
     # What follows runs in the engine's thread.
 
@@ -318,12 +279,14 @@ class GenerateEngine:
         scheduler = self._scheduler
         while True:
             with self._changed:
-                self._changed.wait_for(self._has_news)
+                self._changed.wait_for(self._has_news, self._until_late())
                 arrived, self._arrived = self._arrived, []
                 aborted, self._aborted = self._aborted, set()
                 resident, closing, change = self._resident, self._closing, self._change
             for sequence in arrived:
                 scheduler.add(sequence)
+                self._load(sequence)
+            self._settle_loads()
             if aborted or not resident:
                 for sequence in list(scheduler.sequences()):
                     if not resident or sequence.request_id in aborted:
@@ -333,7 +296,7 @@ class GenerateEngine:
             if change is not None:
                 self._carry_out(change)
             if resident:
-                if scheduler.running or scheduler.waiting:
+                if scheduler.busy:
                     return True
             else:
                 with self._changed:
@@ -344,8 +307,35 @@ class GenerateEngine:
         if self._closing or self._arrived or self._aborted or self._change is not None:
             return True
         if self._resident:
-            return bool(self._scheduler.running or self._scheduler.waiting)
+            return self._scheduler.busy or any(s.loading.done for s in self._scheduler.waiting if s.loading)
         return not self._parked
+
+    def _load(self, sequence: Sequence[Request]) -> None:
+        """Blocks that a store may have begin to come; the others are stepped meanwhile."""
+        if self._tier is not None and self._resident:
+            keys = self._scheduler.reusable(sequence)
+            first = self._scheduler.prefixes.count(keys)
+            sequence.loading = self._tier.begin(keys[first:], keys[first - 1] if first else None, first)
+
+    def _settle_loads(self) -> None:
+        """Whose blocks have come, or are late, runs as soon as there is room: what is not there is computed."""
+        now = time.monotonic()
+        for sequence in self._scheduler.waiting:
+            loading = sequence.loading
+            if loading is not None and (loading.done or now >= loading.deadline):
+                if self._tier is not None and not loading.done:
+                    self._tier.late(loading)
+                sequence.loading = None
+
+    def _until_late(self) -> float | None:
+        """Seconds until the first load is; None where nobody waits for one."""
+        ends = [sequence.loading.deadline for sequence in self._scheduler.waiting if sequence.loading is not None]
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
+
+    def _loaded(self) -> None:
+        """Called by the tier's thread."""
+        with self._changed:
+            self._changed.notify_all()
 
     def _carry_out(self, change: Change) -> None:
         """Between two steps: no kernel reads what moves."""
@@ -361,46 +351,6 @@ class GenerateEngine:
             if self._change is change:
                 self._change = None
             self._changed.notify_all()
-
-    def _squeeze(self, num_blocks: int, cells: int, *, gently: bool) -> None:
-        """What gives memory up goes first, so that what takes some back finds it."""
-        layers = self._weights.streamed
-        if layers is None or cells == layers.cells:
-            self._change_pool(num_blocks, gently=gently)
-            return
-        before, blocks_before = layers.cells, self._scheduler.allocator.num_blocks
-        if cells < before:
-            if gently:
-                raise TransitionError(f"{self._spec.model}: its weights are in use")
-            layers.resize(cells)
-            try:
-                self._change_pool(num_blocks, gently=False)
-            except MballError:
-                layers.resize(before)
-                raise
-            return
-        self._change_pool(num_blocks, gently=gently)
-        try:
-            layers.resize(cells)
-        except MballError:
-            self._change_pool(blocks_before, gently=False)
-            raise
-
-    def _change_pool(self, num_blocks: int, *, gently: bool) -> None:
-        cache, allocator = self._cache, self._scheduler.allocator
-        if num_blocks >= allocator.num_blocks:
-            if cache is not None:
-                cache.resize(num_blocks)
-            self._scheduler.resize(num_blocks)
-            return
-        if gently and cache is not None:
-            spare = self._spare_bytes(cache)
-            if cache.nbytes - cache.mapped_bytes(num_blocks) > spare:
-                raise TransitionError(f"{self._spec.model}: {format_bytes(spare)} of its KV pool are not in use")
-        moves = self._scheduler.resize(num_blocks)
-        if cache is not None:
-            cache.move(moves)
-            cache.resize(num_blocks)
 
     def _step(self) -> None:
         if self._threads != self._threads_set:
@@ -426,7 +376,7 @@ class GenerateEngine:
                 self._deliver(chunk.sequence, Output(None, finish_reason="error", error=self._error))
 
     def _compute(self, chunks: list[Chunk[Request]]) -> None:
-        cache = self._cache
+        cache, tier = self._pool.cache, self._tier
         if cache is None or not chunks:
             raise TransitionError(f"{self._spec.model}: a step with nothing to compute")
         rows: list[int] = []
@@ -444,12 +394,20 @@ class GenerateEngine:
             if chunk.samples:
                 drawing.append(chunk)
                 draw_at.append(len(rows) - 1)
+        began = None
+        if tier is not None:
+            tier.order(block for chunk in chunks for block in chunk.new_blocks)
+            began = tier.stamp()
         logits = runner.forward(self._weights.module, cache, chunks, rows, self._device)
+        if tier is not None and chunks[-1].count >= _MEASURED_SHARE * row:
+            tier.computed(began, chunks[-1].start, chunks[-1].count)
         self._scheduler.advance(chunks)
         for chunk, first in prompts:
             self._add_prompt_logprobs(chunk, logits[first : first + chunk.count])
         if drawing:
             self._draw(drawing, logits if len(draw_at) == len(rows) else logits[draw_at])
+        if tier is not None:
+            tier.measure()
 
     def _draw(self, chunks: list[Chunk[Request]], logits: torch.Tensor) -> None:
         sequences = [chunk.sequence for chunk in chunks]
@@ -464,7 +422,7 @@ class GenerateEngine:
 
     def _deliver(self, sequence: Sequence[Request], output: Output) -> None:
         if sequence.owner.deliver(output):
-            self._scheduler.finish(sequence)
+            self._scheduler.finish(sequence, keep=output.finish_reason != "error")
 
     def _keeps_prompt_logits(self, chunk: Chunk[Request]) -> bool:
         wanted = chunk.sequence.owner.prompt_logprobs

@@ -12,6 +12,7 @@ from mball.server.engine.engine import GenerateEngine
 from mball.server.engine.footprint import kv_blocks, max_model_len, streamed_cells
 from mball.server.engine.kv_cache import KVGeometry
 from mball.server.engine.pooling import Pooling
+from mball.server.engine.prefix import identity
 from mball.server.engine.resident import ResidentWeights, torch_device
 from mball.server.engine.warmup import warm_up
 
@@ -68,4 +69,5 @@ def open_engine(spec: WorkerSpec, account: Account) -> GenerateEngine | EmbedEng
         max_model_len=max_model_len(spec, text, num_blocks),
         vocab_size=text.vocab_size,
         eos_token_ids=adapter.eos_token_ids(spec.path, config),
+        model=identity(checkpoint, geometry, spec.block_size, device.type),
     )

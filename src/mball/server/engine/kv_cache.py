@@ -1,8 +1,7 @@
-"""The paged KV cache: who owns which block, and the memory behind the blocks."""
+"""The paged KV cache: the memory behind the blocks."""
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -31,56 +30,6 @@ class KVGeometry:
 
     def block_bytes(self, block_size: int) -> int:
         return block_size * self.token_bytes
-
-
-class BlockAllocator:
-    """Numbers of free blocks, 1 to `num_blocks` - 1, of `max_blocks` that there may be.
-
-    The lowest free number goes first, so the blocks in use gather at the front of the pool and its tail can be given
-    back to the device.
-    """
-
-    def __init__(self, num_blocks: int) -> None:
-        self.max_blocks = num_blocks
-        self.num_blocks = num_blocks
-        self._free = list(range(1, num_blocks))
-        self._used = bytearray(num_blocks)
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    @property
-    def num_used(self) -> int:
-        return self.num_blocks - 1 - len(self._free)
-
-    def allocate(self, count: int) -> list[int]:
-        """`count` blocks. Raises ValueError where fewer are free: the caller asks `num_free` first."""
-        if count > len(self._free):
-            raise ValueError(f"{count} KV blocks wanted, {len(self._free)} free of {self.num_blocks - 1}")
-        blocks = [heapq.heappop(self._free) for _ in range(count)]
-        for block in blocks:
-            self._used[block] = 1
-        return blocks
-
-    def free(self, blocks: Iterable[int]) -> None:
-        """Raises ValueError for a block that is not in use."""
-        for block in blocks:
-            if not self._used[block]:
-                raise ValueError(f"KV block {block} is freed twice")
-            self._used[block] = 0
-            if block < self.num_blocks:
-                heapq.heappush(self._free, block)
-
-    def resize(self, num_blocks: int) -> None:
-        """From now on blocks below `num_blocks` alone are given; one above it that is in use is only taken back.
-
-        Raises ValueError for fewer than one block beside the null block, or more than there may be.
-        """
-        if not 2 <= num_blocks <= self.max_blocks:
-            raise ValueError(f"{num_blocks} KV blocks: 2 to {self.max_blocks} are possible")
-        self.num_blocks = num_blocks
-        self._free = [block for block in range(1, num_blocks) if not self._used[block]]
 
 
 class KVCache:

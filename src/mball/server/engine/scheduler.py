@@ -1,7 +1,8 @@
 """Which tokens run in the next step: continuous batching with chunked prefill and preemption. Pure logic.
 
 Sequences are served in the order of their arrival. When blocks run out the youngest running sequence gives its blocks
-back and starts again later from its tokens; so the oldest always advances, and every sequence ends.
+back and starts again later from its tokens; so the oldest always advances, and every sequence ends. One whose blocks
+are being read from a store is passed over meanwhile.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from mball.server.engine.kv_cache import BlockAllocator
+from mball.server.engine.blocks import BlockAllocator
+from mball.server.engine.prefix import Chain
+from mball.server.engine.prefixes import Prefixes
+from mball.swap.kv_disk import Loading
 
 Owner = TypeVar("Owner")
 
@@ -21,13 +25,16 @@ class Sequence(Generic[Owner]):
     """One sequence in the scheduler's eyes.
 
     `tokens` are prompt and output; the first `num_computed` of them have their keys and values in `blocks`.
-    `chunk_limit` bounds the tokens of one step (None: the step's own bound). `owner` is the caller's.
+    `chunk_limit` bounds the tokens of one step (None: the step's own bound). `owner` is the caller's. `chain` names its
+    blocks (None: it shares none). While `loading` it waits for blocks from a store.
     """
 
     request_id: str
     tokens: list[int]
     owner: Owner
     chunk_limit: int | None = None
+    chain: Chain | None = None
+    loading: Loading | None = None
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
 
@@ -55,9 +62,16 @@ class Scheduler(Generic[Owner]):
     """Not thread-safe: the engine's thread owns it."""
 
     def __init__(
-        self, allocator: BlockAllocator, *, block_size: int, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        allocator: BlockAllocator,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self.allocator = allocator
+        self.prefixes = prefixes or Prefixes(allocator)
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
@@ -81,27 +95,33 @@ class Scheduler(Generic[Owner]):
     def resize(self, num_blocks: int) -> list[tuple[int, int]]:
         """The pool has that many blocks from now on. Returns which blocks to copy, (from, to) each, between two steps.
 
-        Blocks in use move to the front; where they are too many, the youngest sequences wait for room.
+        Blocks in use, and kept ones, move to the front; where they are too many, the youngest sequences wait for room.
         """
         while self.allocator.num_used > num_blocks - 1:
             self._preempt()
-        self.allocator.resize(num_blocks)
-        moves: list[tuple[int, int]] = []
+        moves = self.allocator.resize(num_blocks)
+        moved = dict(moves)
         for sequence in self.running:
-            for place, block in enumerate(sequence.blocks):
-                if block >= num_blocks:
-                    (sequence.blocks[place],) = self.allocator.allocate(1)
-                    self.allocator.free([block])
-                    moves.append((block, sequence.blocks[place]))
+            sequence.blocks = [moved.get(block, block) for block in sequence.blocks]
         return moves
 
-    def finish(self, sequence: Sequence[Owner]) -> None:
-        """The sequence ends, wherever it stands; its blocks are free for the next step."""
+    def finish(self, sequence: Sequence[Owner], *, keep: bool = True) -> None:
+        """The sequence ends, wherever it stands; its blocks are free for the next step. Where they are not kept, nobody
+        finds them again."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
+        if sequence.loading is not None:
+            sequence.loading.wanted = False
+        if not keep:
+            self.allocator.forget(sequence.blocks)
         self._release(sequence)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to compute."""
+        return bool(self.running) or any(sequence.loading is None for sequence in self.waiting)
 
     def sequences(self) -> Iterator[Sequence[Owner]]:
         """Running, then waiting, each in the order of arrival."""
@@ -125,11 +145,10 @@ class Scheduler(Generic[Owner]):
                     continue
                 chunks[sequence] = self._grow(sequence, count)
                 budget = self.max_num_batched_tokens - sum(chunk.count for chunk in chunks.values())
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
-            if self.num_preemptions != preempted or self._blocks_for(len(sequence.tokens)) > self.allocator.num_free:
+        for sequence in [sequence for sequence in self.waiting if sequence.loading is None]:
+            full = budget <= 0 or len(self.running) >= self.max_num_seqs or self.num_preemptions != preempted
+            if full or not self._enter(sequence):
                 break
-            self.running.append(self.waiting.popleft())
             count = self._chunk(sequence, budget)
             chunks[sequence] = self._grow(sequence, count)
             budget -= count
@@ -138,7 +157,28 @@ class Scheduler(Generic[Owner]):
     def advance(self, chunks: list[Chunk[Owner]]) -> None:
         """The chunks' keys and values are in the cache."""
         for chunk in chunks:
-            chunk.sequence.num_computed += chunk.count
+            sequence, first = chunk.sequence, chunk.sequence.num_computed // self.block_size
+            sequence.num_computed += chunk.count
+            full = sequence.num_computed // self.block_size
+            if sequence.chain is not None and full > first:
+                self.prefixes.name(sequence.blocks, sequence.chain.keys(sequence.tokens, full), first)
+
+    def reusable(self, sequence: Sequence[Owner]) -> list[bytes]:
+        """The keys of the blocks that it need not compute where they are there: at least one token is computed, so that
+        there are logits."""
+        if sequence.chain is None:
+            return []
+        return sequence.chain.keys(sequence.tokens, (len(sequence.tokens) - 1) // self.block_size)
+
+    def _enter(self, sequence: Sequence[Owner]) -> bool:
+        """It runs from now on, with the blocks that are there; False where there is no room for it."""
+        blocks = self.prefixes.enter(self.reusable(sequence), self._blocks_for(len(sequence.tokens)))
+        if blocks is None:
+            return False
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        sequence.blocks, sequence.num_computed = blocks, len(blocks) * self.block_size
+        return True
 
     def _chunk(self, sequence: Sequence[Owner], budget: int) -> int:
         return min(sequence.num_pending, budget, sequence.chunk_limit or budget)

@@ -96,7 +96,7 @@ async def _chat(service: Service, body: bytes) -> Response:
     prompt = await service.in_text_thread(lambda: service.tokenizer.encode_chat(request.messages, engine.max_model_len))
     wanted = Wanted(request.wanted_tokens, request.wanted_logprobs)
     params = sampling_params(request, wanted, len(prompt), engine, service.spec.max_logprobs)
-    jobs = [Job(prompt, sampling) for sampling in params]
+    jobs = [Job(prompt, sampling, request.cache_salt) for sampling in params]
     return _answer(service, request, jobs, ChatFormat(service.tokenizer, wanted.logprobs), len(prompt))
 
 
@@ -109,7 +109,7 @@ async def _completions(service: Service, body: bytes) -> Response:
     for prompt in await service.token_ids(request.prompt, engine, "prompt"):
         prompt_tokens += len(prompt)
         params = sampling_params(request, wanted, len(prompt), engine, service.spec.max_logprobs)
-        jobs += [Job(prompt, sampling) for sampling in params]
+        jobs += [Job(prompt, sampling, request.cache_salt) for sampling in params]
     return _answer(service, request, jobs, CompletionFormat(service.tokenizer, wanted.logprobs), prompt_tokens)
 
 

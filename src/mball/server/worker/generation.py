@@ -40,10 +40,11 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One choice: a prompt and how it is continued."""
+    """One choice: a prompt and how it is continued, and with whom it shares KV."""
 
     prompt: Sequence[int]
     sampling: SamplingParams
+    cache_salt: str | None = None
 
 
 @dataclass(slots=True)
@@ -150,7 +151,7 @@ class Generation:
     async def __aenter__(self) -> Generation:
         try:
             for index, (job, request_id) in enumerate(zip(self._jobs, self._ids, strict=True)):
-                request = GenerateRequest(request_id, job.prompt, job.sampling)
+                request = GenerateRequest(request_id, job.prompt, job.sampling, job.cache_salt)
                 self._engine.submit(request, partial(self._inbox.put, index))
         except MballError:
             self._abort()

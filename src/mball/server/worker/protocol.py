@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mball.errors import InvalidRequest
 from mball.server.worker.messages import ChatMessage, encodable, read_messages
@@ -14,6 +14,7 @@ MAX_CHOICES = 128
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 1024
 MAX_LOGIT_BIAS = 1024
+MAX_SALT_LENGTH = 1024
 MAX_INPUTS = 2048
 """Texts of one embeddings request (OpenAI's own limit)."""
 
@@ -94,11 +95,15 @@ Stops = Annotated[
     BeforeValidator(_one_or_many),
     Field(max_length=MAX_STOPS),
 ]
+Salt = Annotated[
+    str, Field(min_length=1, max_length=MAX_SALT_LENGTH), AfterValidator(lambda salt: encodable(salt, "cache_salt"))
+]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class SamplingRequest(Request):
-    """How tokens are drawn: OpenAI's fields, and vLLM's `top_k`, `min_tokens`, `stop_token_ids`, `ignore_eos`."""
+    """How tokens are drawn: OpenAI's fields, and vLLM's `top_k`, `min_tokens`, `stop_token_ids`, `ignore_eos`; and
+    vLLM's `cache_salt`: requests share KV only with those of the same."""
 
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -115,6 +120,7 @@ class SamplingRequest(Request):
     min_tokens: int = Field(default=0, ge=0)
     stop_token_ids: list[int] = Field(default=[], max_length=128)
     ignore_eos: bool = False
+    cache_salt: Salt | None = None
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Self:

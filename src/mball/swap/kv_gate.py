@@ -1,0 +1,138 @@
+"""Whether bringing KV back beats computing it again, by what this machine was measured to do: pure.
+
+Computing a token costs a + b × its position: attention reads all before it. Bringing bytes back costs in proportion.
+Both are least squares over what was seen, older measurements counting less with each new one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+from typing import Literal
+
+Source = Literal["dram", "store"]
+
+MARGIN = 1.25
+"""Bringing back must be so many times as fast: both are estimates, and a wrong guess costs a wait."""
+_KEPT = 0.9
+"""Of an older measurement's weight, with each new one."""
+_STALE_S = 300.0
+"""A rate that was refused by for so long is measured once more: the disk may have had other work."""
+
+
+@dataclass(slots=True)
+class Line:
+    """y = a + b × x over weighted points; both at least 0."""
+
+    w: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
+
+    def add(self, x: float, y: float, weight: float) -> None:
+        for name, new in (("w", 1.0), ("x", x), ("y", y), ("xx", x * x), ("xy", x * y)):
+            setattr(self, name, getattr(self, name) * _KEPT + new * weight)
+
+    def fit(self) -> tuple[float, float] | None:
+        """(a, b); None while nothing is known."""
+        if self.w <= 0:
+            return None
+        spread = self.w * self.xx - self.x * self.x
+        slope = (self.w * self.xy - self.x * self.y) / spread if spread > 1e-9 * self.w * self.xx else 0.0
+        start = (self.y - slope * self.x) / self.w
+        if slope < 0:
+            return self.y / self.w, 0.0
+        if start < 0:
+            return 0.0, self.xy / self.xx
+        return start, slope
+
+
+@dataclass(slots=True)
+class Rate:
+    """Seconds a byte."""
+
+    seconds: float = 0.0
+    nbytes: float = 0.0
+    at_s: float = 0.0
+
+    def add(self, nbytes: int, seconds: float, now_s: float) -> None:
+        self.seconds = self.seconds * _KEPT + seconds
+        self.nbytes = self.nbytes * _KEPT + nbytes
+        self.at_s = now_s
+
+
+@dataclass(slots=True)
+class Gate:
+    """`forced` overrides every decision, for measuring. `counts`: decisions by source, as `dram:admitted`."""
+
+    forced: bool | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+    _compute: Line = field(default_factory=Line)
+    _rates: dict[Source, Rate] = field(default_factory=dict)
+
+    def computed(self, start: int, count: int, seconds: float) -> None:
+        """A step computed `count` tokens of one sequence from position `start` on."""
+        self._compute.add(start + count / 2, seconds / count, count)
+
+    def loaded(self, source: Source, nbytes: int, seconds: float, now_s: float) -> None:
+        self._rates.setdefault(source, Rate()).add(nbytes, seconds, now_s)
+
+    def forget(self, source: Source) -> None:
+        """Another one is behind that name now."""
+        self._rates.pop(source, None)
+
+    def recompute_s(self, start: int, count: int) -> float | None:
+        """None while nothing was computed."""
+        fit = self._compute.fit()
+        return None if fit is None else count * (fit[0] + fit[1] * (start + count / 2))
+
+    def reload_s(self, source: Source, nbytes: int) -> float | None:
+        """None while nothing came from there."""
+        rate = self._rates.get(source)
+        return None if rate is None else nbytes * rate.seconds / rate.nbytes
+
+    def knows(self, source: Source, now_s: float) -> bool:
+        """Whether it was measured, not too long ago."""
+        rate = self._rates.get(source)
+        return rate is not None and now_s - rate.at_s < _STALE_S
+
+    def better(self, source: Source, start: int, count: int, nbytes: int, now_s: float) -> bool:
+        """Whether these tokens' KV should come from there. What is not known is found out by trying."""
+        if self.forced is not None:
+            return self.forced
+        compute_s, reload_s = self.recompute_s(start, count), self.reload_s(source, nbytes)
+        if compute_s is None or reload_s is None or not self.knows(source, now_s):
+            return True
+        return reload_s * MARGIN <= compute_s
+
+    def admits(self, source: Source, start: int, count: int, nbytes: int, now_s: float) -> bool:
+        """The same, as a decision that is counted."""
+        admitted = self.better(source, start, count, nbytes, now_s)
+        self.counts[f"{source}:{'admitted' if admitted else 'refused'}"] += 1
+        return admitted
+
+
+class Touches:
+    """How often each of the last `most` keys was seen."""
+
+    def __init__(self, most: int = 1 << 15) -> None:
+        self._most = most
+        self._seen: OrderedDict[bytes, int] = OrderedDict()
+
+    def touch(self, key: bytes) -> int:
+        """Once more; how often by now."""
+        count = self._seen.pop(key, 0) + 1
+        self._seen[key] = count
+        if len(self._seen) > self._most:
+            self._seen.popitem(last=False)
+        return count
+
+    def count(self, key: bytes) -> int:
+        return self._seen.get(key, 0)
+
+    def forget(self, key: bytes) -> None:
+        self._seen.pop(key, None)
+
+    def clear(self) -> None:
+        self._seen.clear()
