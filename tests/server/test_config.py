@@ -156,3 +156,33 @@ def test_the_swap_store_in_the_environment(tmp_path: Path, monkeypatch: pytest.M
     found = swap_settings(load_config(write(tmp_path, "models: [m]")))
     assert found is not None
     assert (found.path, found.size_bytes) == (Path("/nvme/swap"), 3 * GiB)
+
+
+def test_an_engine_of_its_own_interpreter(tmp_path: Path) -> None:
+    text = """
+        models:
+          - {path: a, engine: vllm, engine_python: /v/bin/python, engine_args: {tensor-parallel-size: 2}}
+          - {path: b, engine: vllm, max_num_batched_tokens: 4096}
+          - {path: c}
+    """
+    config = load_config(write(tmp_path, text))
+    a, b, c = (model_spec(model, config).worker for model in config.models)
+    assert (a.engine, a.engine_python, a.engine_args) == ("vllm", "/v/bin/python", {"tensor-parallel-size": 2})
+    assert (b.engine_python, b.engine_args) == (None, {"max_num_batched_tokens": 4096})
+    assert (c.engine, c.engine_args, c.starts_awake) == ("transformers", {}, False)
+    assert a.starts_awake
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ("engine_args: {seed: 1}", "engine: vllm"),
+        ("engine_python: /v/bin/python", "engine: vllm"),
+        ("engine: vllm, resident_layers: 3", "engine: transformers"),
+        ("engine: vllm, engine_args: {uds: /tmp/x}", "uds is set by MBALL"),
+        ("engine: vllm, engine_args: {gpu-memory-utilization: 0.9}", "give the model's kv_cache_memory_bytes"),
+    ],
+)
+def test_options_of_the_other_engine_are_refused(tmp_path: Path, options: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        load_config(write(tmp_path, f"models: [{{path: a, {options}}}]"))

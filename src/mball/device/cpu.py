@@ -11,7 +11,8 @@ from mball.device.device import Foreign
 
 
 class CpuDevice:
-    """Counts private dirty memory above a worker's idle baseline; images and libraries don't count."""
+    """Counts private dirty memory of a worker and its children above its idle baseline; images and libraries don't
+    count."""
 
     name = "cpu"
     context_bytes = 0
@@ -20,7 +21,7 @@ class CpuDevice:
         self.total_bytes: int = psutil.virtual_memory().total
 
     def process_bytes(self, pid: int, baseline_bytes: int = 0) -> int | None:
-        held = proc.private_bytes(pid)
+        held = proc.family_private_bytes(pid)
         return None if held is None else max(0, held - baseline_bytes)
 
     def free_bytes(self) -> int:

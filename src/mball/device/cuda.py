@@ -117,6 +117,10 @@ class CudaStream:
     def copy(self, target: int, source: int, nbytes: int) -> None:
         _check("cuMemcpyHtoDAsync", self._driver.cuMemcpyHtoDAsync_v2(target, source, nbytes, self._handle))
 
+    def fetch(self, target: int, source: int, nbytes: int) -> None:
+        """As `copy`, from the device to the host."""
+        _check("cuMemcpyDtoHAsync", self._driver.cuMemcpyDtoHAsync_v2(target, source, nbytes, self._handle))
+
     def cast(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
@@ -179,6 +183,7 @@ def driver() -> ctypes.PyDLL:
     library.cuCtxGetCurrent.argtypes = (ctypes.c_void_p,)
     library.cuCtxSetCurrent.argtypes = (ctypes.c_void_p,)
     library.cuMemcpyHtoDAsync_v2.argtypes = (ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    library.cuMemcpyDtoHAsync_v2.argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
     return library
 
 

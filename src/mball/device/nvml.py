@@ -87,7 +87,8 @@ class NvmlDevice:
         return f"cuda:{self.uuid}"
 
     def process_bytes(self, pid: int, baseline_bytes: int = 0) -> int | None:
-        return self._now().processes.get(pid)
+        mine = [n for each, n in self._now().processes.items() if each == pid or proc.session(each) == pid]
+        return sum(mine) if mine else None
 
     def free_bytes(self) -> int:
         return self._now().free_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 PROC = Path("/proc")
@@ -22,12 +23,29 @@ def session(pid: int) -> int | None:
     return None if fields is None else int(fields[3])
 
 
+def family(pid: int) -> list[int]:
+    """The process and all that descend from it, as far as they live."""
+    found = [pid]
+    for parent in found:
+        for tasks in (PROC / str(parent) / "task").glob("*/children"):
+            # A thread, or the whole process, may end meanwhile.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found += [int(child) for child in tasks.read_text().split()]
+    return found
+
+
 def command_name(pid: int) -> str:
     """As the kernel calls it, 15 characters; `?` where it is gone."""
     try:
         return (PROC / str(pid) / "comm").read_text().strip() or "?"
     except (FileNotFoundError, ProcessLookupError):
         return "?"
+
+
+def family_private_bytes(pid: int) -> int | None:
+    """`private_bytes` of the process and all that descend from it; None where it is gone."""
+    held = [private_bytes(member) for member in family(pid)]
+    return None if held[0] is None else sum(each or 0 for each in held)
 
 
 def _stat(pid: int) -> list[str] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -67,7 +67,15 @@ class Checkpoint:
         Raises UnsupportedCheckpoint, BadIndex, MissingShard, ReadError, or a HeaderError.
         """
         path = Path(path)
-        files, weight_map = _files(path)
+        return cls._of(path, *_files(path))
+
+    @classmethod
+    def of_files(cls, path: Path, files: Sequence[Path]) -> Checkpoint:
+        """The same of these safetensors files, whatever an index says; `path` names the whole. Raises as `open`."""
+        return cls._of(path, list(files), None)
+
+    @classmethod
+    def _of(cls, path: Path, files: list[Path], weight_map: dict[str, str] | None) -> Checkpoint:
         shards: list[Shard] = []
         tensors: dict[str, TensorInfo] = {}
         image_bytes = 0

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from mball.device.host import host_threads, usable_cpus
 from mball.device.memfd import Writer
 from mball.loader.checkpoint import Checkpoint
 from mball.loader.lanes import FileLane, HostLane, Lane, TeeLane
-from mball.loader.manifest import Manifest
 from mball.loader.paths import EVERY_WAY, Way
 from mball.loader.plan import Extent, chunked, uncovered
 from mball.loader.reader import read
@@ -23,6 +23,9 @@ from mball.loader.source import Source
 from mball.loader.transfer import RingLane, Transfer
 from mball.loader.tuning import profile
 from mball.loader.workers import Progress, work_through
+
+if TYPE_CHECKING:  # it hashes, and an engine with an interpreter of its own may have nothing to do that with
+    from mball.loader.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import os
 import threading
 
 from mball.device.cuda import Runtime
-from mball.device.mapping import Mapping, map_file
+from mball.device.mapping import Mapping
 from mball.errors import RegistrationFailed
 from mball.units import MiB
 
@@ -15,12 +15,13 @@ PIECE_BYTES = 64 * MiB
 
 
 class RegisteredImage:
-    """An image's pages, read-only. Used by many threads."""
+    """An image's pages, read-only or to be filled (`writable`). Used by many threads."""
 
-    def __init__(self, image_fd: int, runtime: Runtime) -> None:
+    def __init__(self, image_fd: int, runtime: Runtime, *, writable: bool = False) -> None:
         """Raises OSError."""
         self._runtime = runtime
-        self._mapping: Mapping = map_file(image_fd)
+        self._read_only = not writable
+        self._mapping = Mapping(os.fstat(image_fd).st_size, image_fd, writable=writable)
         pieces = -(-self._mapping.nbytes // PIECE_BYTES)
         self._locks = [threading.Lock() for _ in range(pieces)]
         self._registered = [False] * pieces
@@ -70,7 +71,7 @@ class RegisteredImage:
         nbytes = min(PIECE_BYTES, self._mapping.nbytes - begin)
         self._mapping.populate(begin, nbytes)
         try:
-            self._runtime.register(self._mapping.address + begin, nbytes, read_only=True)
+            self._runtime.register(self._mapping.address + begin, nbytes, read_only=self._read_only)
         except RegistrationFailed as error:
             self._refused = error
             raise

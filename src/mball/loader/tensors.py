@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,13 +16,15 @@ from mball.loader.checkpoint import Checkpoint
 from mball.loader.dtypes import TORCH
 from mball.loader.fill import Options, fill
 from mball.loader.hub import resolve
-from mball.loader.manifest import Manifest
 from mball.loader.paths import EVERY_WAY, Way
 from mball.loader.plan import Extent, aligned
 from mball.loader.selection import Slice, Wanted, select
 from mball.loader.slab import open_slab
 from mball.loader.workers import Progress
 from mball.units import MiB
+
+if TYPE_CHECKING:
+    from mball.loader.manifest import Manifest
 
 STREAM_BYTES = 256 * MiB
 
@@ -60,7 +63,7 @@ def load(
 
 
 def stream(
-    path_or_hub_id: str | Path,
+    source: str | Path | Checkpoint,
     device: str | torch.device = "cpu",
     *,
     threads: int | None = None,
@@ -68,14 +71,20 @@ def stream(
     exclude: Collection[str] = (),
     slices: Mapping[str, Slice] | None = None,
     group_bytes: int = STREAM_BYTES,
+    by_name: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors one by one, in the order of the files, while the next are being loaded.
+    """The same tensors one by one, in the order of the files (`by_name`: of their names in each), while the next are
+    being loaded.
 
-    About `group_bytes` at a time share one memory of their own, which goes with the last of them; two such groups are
-    there beside what the caller keeps. Raises what `load` raises, when the tensor's turn comes.
+    `source` is a path, a hub id, or a checkpoint that was opened. About `group_bytes` at a time share one memory of
+    their own, which goes with the last of them; two such groups are there beside what the caller keeps. Raises what
+    `load` raises, when the tensor's turn comes.
     """
-    checkpoint = Checkpoint.open(resolve(path_or_hub_id))
-    groups = _groups(select(checkpoint, include, exclude, slices), group_bytes)
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(resolve(source))
+    wanted = select(checkpoint, include, exclude, slices)
+    if by_name:
+        wanted.sort(key=lambda tensor: (tensor.info.shard, tensor.info.name))
+    groups = _groups(wanted, group_bytes)
     cancel = threading.Event()
     options = Options(threads, cancel=cancel)
     with ThreadPoolExecutor(1, thread_name_prefix="mball-stream") as pool:

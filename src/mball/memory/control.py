@@ -4,7 +4,7 @@ The manager makes a SOCK_SEQPACKET pair and the worker inherits one end. When ei
 a worker whose channel closes ends itself. Messages:
 
     worker → manager   {"event": "hello", "pid": …, "baseline_bytes": …, "weights_bytes": …, "kv_bytes": …,
-                        "image_bytes": …}                      once, when its HTTP socket listens
+                        "image_bytes": …, "resident": …}       once, when its HTTP socket listens
                        {"event": "progress", "loaded_bytes": …, "total_bytes": …}
                        {"event": "failed", "error": …}          it cannot start; it exits after that
     manager → worker   {"id": 7, "verb": "promote", …}

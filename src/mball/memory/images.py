@@ -68,17 +68,21 @@ class Images:
     async def drop(self, model: Model, reason: str) -> None:
         """Frees a model's image. A worker that does not let go of it in time is killed: it would keep the pages."""
         async with model.lock:  # no promotion reads it now
-            image, model.image = model.image, None
-            if image is None:
-                return
-            if model.state.weights is Weights.DRAM:
-                model.state = model.state.to(weights=Weights.SOURCE)
-            try:
-                if model.worker is not None and model.state.process is Process.ALIVE:
-                    await self._let_go(model.worker)
-            finally:
-                os.close(image.fd)
-                self.ledger.give_back(model.name)
+            await self.forget(model, reason)
+
+    async def forget(self, model: Model, reason: str) -> None:
+        """As `drop`, by whoever holds the model's lock."""
+        image, model.image = model.image, None
+        if image is None:
+            return
+        if model.state.weights is Weights.DRAM:
+            model.state = model.state.to(weights=Weights.SOURCE)
+        try:
+            if model.worker is not None and model.state.process is Process.ALIVE:
+                await self._let_go(model.worker)
+        finally:
+            os.close(image.fd)
+            self.ledger.give_back(model.name)
         self._changed()
         self._events.record("image dropped", model.name, reason, image_bytes=image.nbytes)
 

@@ -132,6 +132,11 @@ class Model:
         return max(0, needs.weights_bytes + needs.kv_bytes - self.balloon_bytes)
 
     @property
+    def starting_bytes(self) -> int:
+        """Device bytes for a start, beside its context where that is not known yet."""
+        return self.needed_bytes if self.spec.worker.starts_awake else self.context_bytes
+
+    @property
     def movable_bytes(self) -> int:
         """What a demotion unmaps: its weights and the KV pool, less what the balloon has."""
         needs = self.needs

@@ -32,13 +32,17 @@ _TAIL_BYTES = 8192
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """What a worker says once it listens. Bytes: its idle private memory, and what it will want on the device."""
+    """What a worker says once it listens. Bytes: its idle private memory, and what it will want on the device.
+
+    `resident`: it is on the device already.
+    """
 
     baseline_bytes: int
     weights_bytes: int
     kv_bytes: int
     image_bytes: int
     working_bytes: int | None
+    resident: bool = False
 
     @classmethod
     def of(cls, message: Mapping[str, Any]) -> Hello:
@@ -49,6 +53,7 @@ class Hello:
             kv_bytes=int(message["kv_bytes"]),
             image_bytes=int(message["image_bytes"]),
             working_bytes=None if working is None else int(working),
+            resident=message.get("resident") is True,
         )
 
 

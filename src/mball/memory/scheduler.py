@@ -137,7 +137,7 @@ class Scheduler:
 
     def _standing(self, model: Model, now: float) -> Standing:
         held, hello, keep_alive_s = self._ledger.held(model.name), model.hello, model.spec.keep_alive_s
-        context_bytes = model.context_bytes or self._slot.device.context_bytes
+        context_bytes = model.starting_bytes + (0 if model.context_bytes else self._slot.device.context_bytes)
         fills = model.image is None and hello is not None and model.name not in self._unfilled
         return Standing(
             model.candidate(held),
@@ -213,6 +213,8 @@ class Scheduler:
     async def _start(self, model: Model) -> None:
         try:
             await self._transitions.start(model)
+            if model.on_device:
+                self._arrived(model)
         except ModelDoesNotFit:
             # On a larger device it may fit: the next step places it anew.
             if model.certain_bytes > (most := self._devices.most_bytes(model)):
@@ -265,6 +267,10 @@ class Scheduler:
         now = time.monotonic()
         swap_s = model.figures.last_swap_s = now - began
         self._allowance.spend(swap_s * model.needed_bytes / self._ledger.total_bytes, now)
+        self._arrived(model)
+
+    def _arrived(self, model: Model) -> None:
+        """It is on the device: whoever waits for it may enter."""
         model.wanted = False
         self._unfilled.discard(model.name)
         if model.worker is not None and not model.worker.exited.is_set():
@@ -331,7 +337,8 @@ class Scheduler:
     def _refuse_if_it_never_fits(self, model: Model) -> None:
         """Whatever is moved: what is pinned stays, and so does what others hold."""
         alive = model.state.process is Process.ALIVE
-        wanted = model.needed_bytes if alive else model.context_bytes or self._slot.device.context_bytes
+        unknown_bytes = 0 if model.context_bytes else self._slot.device.context_bytes
+        wanted = model.needed_bytes if alive else model.starting_bytes + unknown_bytes
         nbytes = wanted - self._ledger.held(model.name)
         pinned = {m.name: self._ledger.held(m.name) for m in self._models.values() if m.pinned and m is not model}
         left = self._ledger.limit_bytes - sum(pinned.values()) - self._ledger.held(model.name)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Task = Literal["generate", "embed"]
+Engine = Literal["transformers", "vllm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class WorkerSpec:
     `resident_experts` says so of a mixture's experts, counted over all layers; one of the two is given at most.
     `device_memory_bytes` is what `auto` may take in all (None: there is no limit). `enable_prefix_caching`: KV of
     sequences that ended is kept for those that begin alike. `kv_arena_bytes` of host memory are for KV blocks that left
-    the device (None: a modest part on a GPU, none on the CPU); a store of blocks is used through it.
+    the device (None: a modest part on a GPU, none on the CPU); a store of blocks is used through it. `engine_python` is the
+    interpreter of an engine that has one of its own, `engine_args` are options by that engine's names.
     """
 
     model: str
@@ -44,6 +46,14 @@ class WorkerSpec:
     device_memory_bytes: int | None = None
     enable_prefix_caching: bool = True
     kv_arena_bytes: int | None = None
+    engine: Engine = "transformers"
+    engine_python: str | None = None
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def starts_awake(self) -> bool:
+        """Its worker is on the device once it has started, and takes there what it needs as it starts."""
+        return self.engine == "vllm"
 
     @property
     def streamed(self) -> bool:

@@ -71,7 +71,7 @@ class Transitions:
         self._swap = swap
 
     async def start(self, model: Model) -> None:
-        """Gone → alive. The context's bytes are promised already.
+        """Gone → alive, or on the device where its worker starts there. What that takes is promised already.
 
         Raises WorkerNotStarted, ModelDoesNotFit, DeviceError, TransitionError; then no process is left and nothing
         is promised.
@@ -104,6 +104,8 @@ class Transitions:
             worker.on_exit(lambda: self._on_exit(model, worker))
             try:
                 await self._settle(model)
+                if model.hello.resident:
+                    await self._welcome(model, worker)
             except MballError:
                 await self.bury(model)
                 raise
@@ -299,6 +301,8 @@ class Transitions:
         self._ledger.give_back(model.name)
         model.worker = None
         model.measured_bytes = model.ballooned_bytes = model.spare_bytes = 0
+        if model.spec.worker.starts_awake:
+            await self._images.forget(model, "it is of its worker's memory, which is gone")
         model.state = model.state.to(Process.GONE, model.rest)
         if ended:
             self._events.record("ended", model.name, f"exit code {worker.exit_code}", level="warning", pid=worker.pid)
@@ -312,14 +316,28 @@ class Transitions:
 
     async def _settle(self, model: Model) -> None:
         """After a hello: what the context costs, whether the model fits at all, and its image."""
-        model.context_bytes = model.measured_bytes = await self._held(model)
-        self._ledger.promise(model.name, model.context_bytes)
+        hello = model.hello
+        held = model.measured_bytes = await self._held(model)
+        model.context_bytes = held if hello is None or not hello.resident else max(0, held - model.movable_bytes)
+        self._ledger.promise(model.name, held)
         model.figures.needs = model.needs
         if model.needed_bytes > self._ledger.total_bytes:
             raise ModelDoesNotFit(does_not_fit(model, self._ledger.total_bytes))
         if model.worker is not None:
             await self._swap.introduce(model.worker)
         await self._images.attach(model)
+
+    async def _welcome(self, model: Model, worker: WorkerProcess) -> None:
+        """Its worker has started on the device: from now on it is there, if it answers."""
+        canary = await worker.call("canary", deadline_s=self._settings.canary_s)
+        if not canary.get("ok"):
+            raise TransitionError(f"{model.name}: no token came out after its worker had started")
+        held = await self._held(model)
+        self._ledger.promise(model.name, max(held, model.needed_bytes))
+        model.state = model.state.to(weights=Weights.DEVICE)
+        model.keeps(held)
+        model.opened_s = model.queue.last_used_s = time.monotonic()
+        model.error = None
 
     async def _held(self, model: Model) -> int:
         """As `measure`. Where the device hides it, what is promised counts. Raises WorkerDied."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mball.device.device import Device, open_devices
 from mball.device.simulated import SimulatedDevice
@@ -13,6 +15,7 @@ from mball.memory.manager import Manager
 from mball.memory.settings import Settings
 from mball.memory.spec import ModelSpec, Task, WorkerSpec
 from mball.server.config import Config, ModelConfig
+from mball.server.engine_path import search_path
 from mball.swap.store import Settings as SwapSettings
 from mball.units import GiB, MiB
 
@@ -31,8 +34,12 @@ def build_manager(config: Config, runtime_dir: Path) -> Manager:
         kind, _, state = name.partition(":")
         if kind == "simulated" and not Path(state).exists():
             SimulatedDevice.create(state, config.device_memory_bytes or _CPU_BYTES)
+    specs = [model_spec(model, config) for model in config.models]
+    if any(spec.worker.engine == "vllm" for spec in specs):
+        path = search_path(runtime_dir / "vllm")
+        specs = [replace(s, environment={"PYTHONPATH": path}) if s.worker.engine == "vllm" else s for s in specs]
     return Manager(
-        [model_spec(model, config) for model in config.models],
+        specs,
         [(device, config.device_memory_bytes or budget(device)) for device in open_devices(config.device)],
         dram_bytes=config.dram_bytes,
         runtime_dir=runtime_dir,
@@ -103,6 +110,9 @@ def model_spec(model: ModelConfig, config: Config) -> ModelSpec:
         trust_remote_code=model.trust_remote_code,
         resident_layers=model.resident_layers,
         resident_experts=model.resident_experts,
+        engine=model.engine,
+        engine_python=str(model.engine_python.expanduser()) if model.engine_python is not None else None,
+        engine_args=_engine_args(model),
     )
     return ModelSpec(
         worker,
@@ -125,9 +135,18 @@ def task_of(path: Path) -> Task:
     return "embed" if isinstance(config, dict) and config.get("model_type") in _ENCODERS else "generate"
 
 
-def _command(_: ModelSpec) -> list[str]:
+def _engine_args(model: ModelConfig) -> dict[str, Any]:
+    """A default that is right for the embedded engine is not for another."""
+    if model.engine == "vllm" and "max_num_batched_tokens" in model.model_fields_set:
+        return {"max_num_batched_tokens": model.max_num_batched_tokens, **model.engine_args}
+    return model.engine_args
+
+
+def _command(spec: ModelSpec) -> list[str]:
+    if spec.worker.engine == "vllm":
+        return [spec.worker.engine_python or sys.executable, "-m", "mball.server.worker.vllm_process"]
     return [sys.executable, "-m", "mball.server.worker"]
 
 
-def _zygote(_: ModelSpec) -> list[str]:
-    return [sys.executable, "-m", "mball.server.worker.zygote"]
+def _zygote(spec: ModelSpec) -> list[str] | None:
+    return None if spec.worker.engine == "vllm" else [sys.executable, "-m", "mball.server.worker.zygote"]

@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from mball.errors import ConfigError
+from mball.memory.vllm_options import check_engine_args
 from mball.swap.layout import SLOT_BYTES
 from mball.units import GiB, MiB, parse_bytes
 
@@ -53,7 +54,13 @@ class ModelConfig(BaseModel):
 
     path: Path = Field(description="A folder with config.json and safetensors.")
     name: str = Field(default="", pattern=r"^[^\s/][^\s]*$|^$", description="The name clients use; the folder's name.")
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm"] = "transformers"
+    engine_python: Path | None = Field(
+        default=None, description="An interpreter that has the engine, for vllm: by default MBALL's own."
+    )
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the engine by its own names, for vllm: {tensor_parallel_size: 2}."
+    )
     task: Literal["auto", "generate", "embed"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = Field(default=None, ge=1, description="Tokens of context; the model's own by default.")
@@ -89,6 +96,19 @@ class ModelConfig(BaseModel):
     def _streamed_one_way(self) -> Self:
         if self.resident_layers is not None and self.resident_experts is not None:
             raise ValueError("resident_layers and resident_experts exclude each other: leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _options_are_of_its_engine(self) -> Self:
+        if self.engine == "transformers" and (self.engine_args or self.engine_python):
+            raise ValueError("engine_python and engine_args are for engine: vllm")
+        if self.engine == "vllm":
+            if self.resident_layers is not None or self.resident_experts is not None:
+                raise ValueError("resident_layers and resident_experts are for engine: transformers")
+            try:
+                check_engine_args(self.engine_args)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
         return self
 
     @model_validator(mode="before")

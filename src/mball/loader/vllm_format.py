@@ -1,0 +1,81 @@
+"""vLLM's load format `mball`: its own default loader, with the tensors read by this package.
+
+What a model's weights are, which files hold them and what becomes of each tensor stays vLLM's business. Every rank of a
+tensor parallel group reads whole tensors and keeps its part, as vLLM's own formats do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mball.errors import MballError
+from mball.loader import vllm_compat
+from mball.loader.checkpoint import Checkpoint
+from mball.loader.tensors import stream
+from mball.loader.vllm_names import LOAD_FORMAT
+
+_log = logging.getLogger(__name__)
+
+
+@cache
+def register() -> None:
+    """The entry point in `vllm.general_plugins`: runs in every process of vLLM's. Raises EngineUnsupported."""
+    names = vllm_compat.loading()
+
+    class MballModelLoader(names.base):  # type: ignore[name-defined,misc]
+        def __init__(self, load_config: Any) -> None:
+            # It rejects the names of formats that it does not know.
+            super().__init__(dataclasses.replace(load_config, load_format="auto"))
+
+        def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+            super().load_weights(model, model_config)
+            if torch.cuda.is_available():
+                # What the tensors came in is not to be counted as the engine's when KV is sized.
+                torch.cuda.empty_cache()
+
+        def _get_weights_iterator(self, source: Any) -> Iterator[tuple[str, Tensor]]:
+            tensors = self._streamed(source)
+            return super()._get_weights_iterator(source) if tensors is None else tensors
+
+        def _streamed(self, source: Any) -> Iterator[tuple[str, Tensor]] | None:
+            """None where the default loader has to read the source."""
+            files, safe = vllm_compat.weight_files(self, source)
+            if not safe or not vllm_compat.plain(self, source):
+                _log.info("%s: not read by mball: not plain safetensors", source.model_or_path)
+                return None
+            vllm_compat.begins(self)
+            try:
+                return _named(source.prefix, read(sorted(Path(file) for file in files), _device()))
+            except (MballError, OSError) as error:
+                _log.warning("%s: read by vLLM's own loader: %s", source.model_or_path, error)
+                return None
+
+    names.register(LOAD_FORMAT)(MballModelLoader)
+
+
+def read(files: list[Path], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of safetensors files, in the order of their names as in vLLM's own loader; the first is read by now.
+
+    They own their memory. On a GPU it is taken by another thread than the caller's, so it belongs to no pool that the
+    caller has in use. Raises what `stream` raises.
+    """
+    tensors = stream(Checkpoint.of_files(files[0].parent, files), device, by_name=True)
+    first = list(zip(range(1), tensors, strict=False))
+    return chain((pair for _, pair in first), tensors)
+
+
+def _named(prefix: str, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    return ((prefix + name, tensor) for name, tensor in tensors)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,224 @@
+"""What an engine's weights are while their memory is gone: an image of them, and what has changed since it was made.
+
+Runs in the engine's process. The image is the engine's own memory, segment by segment, as it was right after loading;
+so nothing has to be copied when that memory is given up, and it comes back by copying alone.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Protocol
+
+from mball.device import mapping
+from mball.device.cuda import Runtime
+from mball.device.host import host_threads
+from mball.errors import Cancelled, MballError, TransitionError
+from mball.loader.registered import PIECE_BYTES, RegisteredImage
+from mball.units import format_bytes
+
+_SETTLE_S = 120.0
+
+
+class EngineMemory(Protocol):
+    """Where an engine's weights lie. Addresses stay the same while there is no memory behind them."""
+
+    @property
+    def runtime(self) -> Runtime:
+        """Registers host memory that is copied to and from."""
+
+    def enter(self) -> None:
+        """The calling thread uses it from now on."""
+
+    def segments(self) -> Mapping[int, int]:
+        """Bytes of the weights by address, whole pages, as far as there is memory behind them."""
+
+    def fingerprints(self, segments: Mapping[int, int]) -> dict[int, int]:
+        """By address (mball.memory.fingerprint)."""
+
+    def save(self, target: int, address: int, nbytes: int) -> None:
+        """Begin to copy from an address of the engine's to one of the host's."""
+
+    def load(self, address: int, source: int, nbytes: int) -> None:
+        """Begin to copy back."""
+
+    def finish(self) -> None:
+        """Until every copy has arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A segment as the image has it, from byte `position` on."""
+
+    nbytes: int
+    position: int
+    fingerprint: int
+
+
+class EngineImage:
+    """One process's part of an image: the memfd's bytes from `offset` on. Made by `fill`."""
+
+    def __init__(self, pages: RegisteredImage, segments: Mapping[int, Kept]) -> None:
+        self._pages = pages
+        self.segments = segments
+
+    @classmethod
+    def fill(cls, memory: EngineMemory, fd: int, offset: int, cancel: threading.Event) -> EngineImage:
+        """Beside an engine that computes. Raises Cancelled, TransitionError, RegistrationFailed, DeviceError,
+        OSError."""
+        memory.enter()
+        there = dict(memory.segments())
+        # Before they are copied: what changes meanwhile has another fingerprint when it is compared.
+        prints = memory.fingerprints(there)
+        segments: dict[int, Kept] = {}
+        for address, nbytes in there.items():
+            segments[address] = Kept(nbytes, offset, prints[address])
+            offset += nbytes
+        if offset > (size := os.fstat(fd).st_size):
+            raise TransitionError(f"{format_bytes(offset)} of weights for an image of {format_bytes(size)}")
+        pages = RegisteredImage(fd, memory.runtime, writable=True)
+        with ExitStack() as undo:
+            undo.callback(pages.close)
+            undo.callback(memory.finish)
+
+            def save(piece: tuple[int, int, int]) -> None:
+                if cancel.is_set():
+                    raise Cancelled("the image is not wanted any more")
+                address, position, nbytes = piece
+                memory.enter()
+                memory.save(pages.pin(position), address, nbytes)
+
+            with ThreadPoolExecutor(host_threads(), thread_name_prefix="mball-image") as pool:
+                for done in [pool.submit(save, piece) for piece in _pieces(segments)]:
+                    done.result()
+            memory.finish()
+            undo.pop_all()
+        return cls(pages, segments)
+
+    def restore(self, memory: EngineMemory, address: int) -> None:
+        """Begin to copy a segment back. Raises RegistrationFailed, DeviceError, OSError."""
+        for at, position, nbytes in _pieces({address: self.segments[address]}):
+            memory.load(at, self._pages.pin(position), nbytes)
+
+    def close(self) -> None:
+        """No copy is under way. Idempotent."""
+        self._pages.close()
+
+
+class Filling:
+    """An image being filled, in a thread of its own, beside an engine that computes. Closes the descriptor.
+
+    `state`: filling, ready, or failed with an `error`.
+    """
+
+    def __init__(self, memory: EngineMemory, fd: int, offset: int) -> None:
+        self.image: EngineImage | None = None
+        self.state = "filling"
+        self.error: str | None = None
+        self.cancel = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(memory, fd, offset), name="mball-fill", daemon=True)
+        self._thread.start()
+
+    def settle(self) -> None:
+        """Until it has ended. Raises TransitionError where that takes too long."""
+        self._thread.join(_SETTLE_S)
+        if self._thread.is_alive():
+            raise TransitionError(f"the image is still being filled after {_SETTLE_S:.0f} s")
+
+    def _run(self, memory: EngineMemory, fd: int, offset: int) -> None:
+        try:
+            self.image = EngineImage.fill(memory, fd, offset, self.cancel)
+            self.state = "ready"
+        except (MballError, OSError, RuntimeError) as error:
+            self.error = f"{type(error).__name__}: {error}"
+            self.state = "failed"
+        finally:
+            os.close(fd)
+
+
+class Vault:
+    """Keeps the weights of one process of an engine while their memory is gone. Used by one thread.
+
+    `put_away` before it goes, `bring_back` and `finish` once it is there again.
+    """
+
+    def __init__(self, memory: EngineMemory) -> None:
+        self._memory = memory
+        self._filling: Filling | None = None
+        self._aside: dict[int, mapping.Mapping] = {}
+        self._from_image: set[int] = set()
+
+    def fill(self, fd: int, offset: int) -> None:
+        """Begins to make the image. Raises TransitionError where there is one."""
+        if self._filling is not None:
+            raise TransitionError("there is an image already, or one is being filled")
+        self._filling = Filling(self._memory, os.dup(fd), offset)
+
+    @property
+    def filling(self) -> Filling | None:
+        return self._filling
+
+    def drop(self) -> None:
+        """Ends a filling, and lets go of the image. Raises TransitionError while weights are nowhere else."""
+        if self._from_image:
+            raise TransitionError("the weights are in the image alone")
+        filling, self._filling = self._filling, None
+        if filling is not None:
+            filling.cancel.set()
+            filling.settle()
+            if filling.image is not None:
+                filling.image.close()
+
+    def put_away(self, segments: Mapping[int, int]) -> int:
+        """What is not in the image, or was changed since it was made, is copied out: so many bytes."""
+        memory, image = self._memory, self._settled_image()
+        known = image.segments if image is not None else {}
+        memory.enter()
+        same = {a: n for a, n in segments.items() if (kept := known.get(a)) is not None and kept.nbytes == n}
+        prints = memory.fingerprints(same)
+        self._from_image = {a for a, found in prints.items() if found == known[a].fingerprint}
+        copied = 0
+        for address in segments.keys() - self._from_image:
+            nbytes = segments[address]
+            self._aside[address] = mapping.Mapping(nbytes)
+            memory.save(self._aside[address].address, address, nbytes)
+            copied += nbytes
+        memory.finish()
+        return copied
+
+    def bring_back(self, address: int) -> None:
+        """Begins to fill a segment whose memory is there again; one that was not put away stays as it is."""
+        memory, image = self._memory, self._settled_image()
+        if (aside := self._aside.get(address)) is not None:
+            memory.load(address, aside.address, aside.nbytes)
+        elif address in self._from_image and image is not None:
+            image.restore(memory, address)
+
+    def finish(self, addresses: set[int]) -> None:
+        """Until those are back."""
+        self._memory.finish()
+        for address in addresses:
+            if (aside := self._aside.pop(address, None)) is not None:
+                aside.close()
+        self._from_image -= addresses
+
+    def _settled_image(self) -> EngineImage | None:
+        if self._filling is None:
+            return None
+        self._filling.settle()
+        return self._filling.image
+
+
+def _pieces(segments: Mapping[int, Kept]) -> Iterator[tuple[int, int, int]]:
+    """(address, position, bytes), none across pages that are registered apart."""
+    for address, kept in segments.items():
+        at = 0
+        while at < kept.nbytes:
+            position = kept.position + at
+            nbytes = min(kept.nbytes - at, PIECE_BYTES - position % PIECE_BYTES)
+            yield address + at, position, nbytes
+            at += nbytes

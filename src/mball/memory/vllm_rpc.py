@@ -1,0 +1,60 @@
+"""What the manager's side may ask of each of an engine's processes, by vLLM's `collective_rpc`.
+
+Arguments and results are plain JSON. Nothing here waits: the engine computes meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from typing import TYPE_CHECKING, Any
+
+from mball.errors import TransitionError
+
+if TYPE_CHECKING:
+    from mball.memory.engine_image import Vault
+
+
+class Rpc:
+    """Mixed into vLLM's worker class, whose attributes must not be named as these are."""
+
+    _mball_vault: Vault | None = None
+
+    def mball_describe(self) -> dict[str, Any]:
+        """Bytes of weights, of KV and of this process's part of an image, and free on the device (None: unknown)."""
+        raise NotImplementedError
+
+    def _mball_make_vault(self) -> Vault:
+        raise NotImplementedError
+
+    def mball_vault(self) -> Vault:
+        if self._mball_vault is None:
+            self._mball_vault = self._mball_make_vault()
+        return self._mball_vault
+
+    def mball_fill_image(self, path: str, offsets: list[int]) -> None:
+        """Begins to fill this process's part of the image at `path`: from `offsets[rank]` on. `mball_image` tells."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self.mball_vault().fill(fd, offsets[self.rank])  # type: ignore[attr-defined]
+        finally:
+            os.close(fd)
+
+    def mball_image(self) -> dict[str, Any]:
+        """`state`: none, filling, ready or failed, then with an `error`."""
+        filling = self.mball_vault().filling
+        return {"state": "none"} if filling is None else {"state": filling.state, "error": filling.error}
+
+    def mball_drop_image(self) -> dict[str, Any]:
+        """Ends a filling under way, and lets go of the image; `kept`: why it can't (None: it has)."""
+        try:
+            self.mball_vault().drop()
+        except TransitionError as error:
+            return {"kept": str(error)}
+        return {"kept": None}
+
+    def mball_trim(self) -> None:
+        """Freed memory goes back to the kernel."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,157 @@
+"""`python -m mball.server.worker.vllm_process --control-fd N --spec JSON`: one model, served by vLLM's own server.
+
+This process has that server as its child, in its own process group, and speaks for it with the manager. It runs in
+vLLM's interpreter and imports nothing that is not in the standard library or in MBALL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from mball.device import prctl
+from mball.errors import ConfigError, EngineUnsupported, MballError, TransitionError
+from mball.loader import vllm_compat
+from mball.memory import control, vllm_options
+from mball.memory.estimate import estimate
+from mball.memory.spec import WorkerSpec
+from mball.server.worker.vllm_http import VllmClient
+from mball.server.worker.vllm_verbs import VllmVerbs, describe, private_bytes
+
+START_S = 3600.0
+"""The manager gives up long before."""
+
+_POLL_S = 0.1
+_ANSWER_S = 5.0
+_TERM_S = 5.0
+_KILL_S = 5.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="mball.server.worker.vllm_process", description=__doc__)
+    parser.add_argument("--control-fd", type=int, required=True, help="the worker's end of the control channel")
+    parser.add_argument("--spec", type=WorkerSpec.from_json, required=True, help="what to serve, as JSON")
+    arguments = parser.parse_args()
+    prctl.die_with_parent()
+    return asyncio.run(run(arguments.control_fd, arguments.spec))
+
+
+async def run(control_fd: int, spec: WorkerSpec) -> int:
+    """The exit code: 0 after a stop, 1 where the server did not start or ended by itself."""
+    stopping = asyncio.Event()
+    channel = control.Channel(socket.socket(fileno=control_fd))
+    with _stopped_by_signals(stopping), contextlib.closing(channel):
+        try:
+            vllm_compat.check_version()
+            command = vllm_options.command(spec, kv_bytes(spec))
+        except (EngineUnsupported, ConfigError) as error:
+            with contextlib.suppress(control.ChannelClosed):
+                await channel.send({"event": "failed", "error": str(error)})
+            return 1
+        server = subprocess.Popen(  # noqa: ASYNC220
+            command, stdin=subprocess.DEVNULL, env=vllm_options.environment(os.environ)
+        )
+        try:
+            return await _serve(server, spec, channel, stopping)
+        finally:
+            await asyncio.to_thread(_end, server)
+
+
+def kv_bytes(spec: WorkerSpec) -> int:
+    """What the KV cache is to have. Raises ConfigError where neither the configuration nor the files tell."""
+    if spec.kv_cache_bytes is not None:
+        return spec.kv_cache_bytes
+    if (found := estimate(spec)) is not None and found.kv_bytes:
+        return found.kv_bytes
+    raise ConfigError(f"{spec.model}: give kv_cache_memory_bytes: its files don't tell how large its KV cache is to be")
+
+
+async def _serve(
+    server: subprocess.Popen[bytes], spec: WorkerSpec, channel: control.Channel, stopping: asyncio.Event
+) -> int:
+    client = VllmClient(spec.socket_path)
+    ended = asyncio.create_task(asyncio.to_thread(server.wait), name="server")
+    stop = asyncio.create_task(stopping.wait(), name="stop")
+    manager = asyncio.create_task(_answer(client, spec, channel, stopping), name="control")
+    await asyncio.wait({ended, stop, manager}, return_when=asyncio.FIRST_COMPLETED)
+    crashed = ended.done() and not stopping.is_set()
+    failed = manager.exception() if manager.done() else None
+    for task in (stop, manager):
+        task.cancel()
+    await asyncio.wait({stop, manager})
+    await asyncio.to_thread(_end, server)
+    await ended
+    if failed is not None:
+        sys.stderr.write(f"{failed}\n")
+    return 1 if crashed or failed is not None else 0
+
+
+async def _answer(client: VllmClient, spec: WorkerSpec, channel: control.Channel, stopping: asyncio.Event) -> None:
+    """Says hello once the engine answers; returns when the manager's end closes. Raises TransitionError."""
+    await _until_healthy(client)
+    awake = await describe(client)
+    held = awake.weights_bytes + awake.kv_bytes if awake.free_bytes is None else 0
+    with contextlib.suppress(control.ChannelClosed):
+        await channel.send(
+            {
+                "event": "hello",
+                "pid": os.getpid(),
+                "resident": True,
+                "baseline_bytes": max(0, await private_bytes(client) - held),
+                "weights_bytes": awake.weights_bytes,
+                "kv_bytes": awake.kv_bytes,
+                "image_bytes": sum(awake.image_bytes),
+                "working_bytes": None if awake.free_bytes is None else 0,
+            }
+        )
+        await control.serve(channel, VllmVerbs(spec, client, awake, stopping.set).table())
+
+
+async def _until_healthy(client: VllmClient) -> None:
+    """Nothing but its answer tells. Raises TransitionError after START_S."""
+    began = time.monotonic()
+    while True:
+        try:
+            await client.get("/health", deadline_s=_ANSWER_S)
+            return
+        except TransitionError:
+            if time.monotonic() - began > START_S:
+                raise
+        await asyncio.sleep(_POLL_S)
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """TERM, then KILL. Its own children end with it, or with this process's group."""
+    for end, deadline_s in ((server.terminate, _TERM_S), (server.kill, _KILL_S)):
+        if server.poll() is not None:
+            return
+        end()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(deadline_s)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(stopping: asyncio.Event) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except MballError as error:
+        sys.exit(str(error))

@@ -1,0 +1,214 @@
+"""The manager's verbs, for an engine that is vLLM's."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mball.device import proc
+from mball.errors import TransitionError
+from mball.memory.control import Handler, Message
+from mball.memory.spec import WorkerSpec
+from mball.server.worker.vllm_http import VllmClient
+from mball.units import format_bytes
+
+MOVE_S = 300.0
+"""The manager's own deadlines are shorter; this ends what nobody waits for any more."""
+
+ANSWER_S = 60.0
+_IMAGE_POLL_S = 0.05
+_FREED_SHARE = 0.9
+"""Of the bytes that a sleep has to give back: allocators round."""
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """An engine's processes together; `image_bytes` by process, `free_bytes` of their devices where they have any."""
+
+    weights_bytes: int
+    kv_bytes: int
+    image_bytes: tuple[int, ...]
+    free_bytes: int | None
+
+
+async def describe(client: VllmClient) -> Described:
+    """Raises TransitionError."""
+    parts = await client.rpc("mball_describe", deadline_s=ANSWER_S)
+    if not parts:
+        raise TransitionError("vLLM has no process that computes")
+    free = [part["free_bytes"] for part in parts]
+    return Described(
+        weights_bytes=sum(part["weights_bytes"] for part in parts),
+        kv_bytes=sum(part["kv_bytes"] for part in parts),
+        image_bytes=tuple(part["image_bytes"] for part in parts),
+        free_bytes=None if None in free else sum(free),
+    )
+
+
+async def private_bytes(client: VllmClient) -> int:
+    """What this process and all below it hold alone, once freed heap is back with the kernel."""
+    await client.rpc("mball_trim", deadline_s=ANSWER_S)
+    return await asyncio.to_thread(proc.family_private_bytes, os.getpid()) or 0
+
+
+class VllmVerbs:
+    """The engine is awake. One residency verb at a time; `status`, `stop` and the filling of an image at any time."""
+
+    def __init__(self, spec: WorkerSpec, client: VllmClient, awake: Described, stop: Callable[[], None]) -> None:
+        self._spec = spec
+        self._client = client
+        self._awake = awake
+        self._stop = stop
+        self._moving = asyncio.Lock()
+        self._epoch = 0
+        self._image = self._filling = False
+        self._asleep: int | None = None
+
+    def table(self) -> dict[str, Handler]:
+        return {
+            "promote": self._promote,
+            "demote": self._demote,
+            "balloon": self._balloon,
+            "threads": self._threads,
+            "image": self._take_image,
+            "drop_image": self._drop_image,
+            "canary": self._canary,
+            "status": self._status,
+            "stop": self._stopped,
+        }
+
+    async def _promote(self, message: Message, fd: int | None) -> Message:
+        _no_descriptor(fd)
+        began = time.perf_counter()
+        async with self._moving:
+            self._fence(message)
+            if self._asleep == 1:
+                await self._client.post("/wake_up", deadline_s=MOVE_S)
+            elif self._asleep == 2:
+                await self._client.post("/wake_up?tags=weights", deadline_s=MOVE_S)
+                await self._client.rpc("reload_weights", deadline_s=MOVE_S)
+                await self._client.post("/wake_up?tags=kv_cache", deadline_s=MOVE_S)
+            self._asleep = None
+            took = time.perf_counter() - began
+            return {"weights_bytes": self._awake.weights_bytes, "load_s": took, "total_s": took}
+
+    async def _demote(self, message: Message, fd: int | None) -> Message:
+        """With an image nothing is copied; without one the weights are forgotten, and read again from their files."""
+        _no_descriptor(fd)
+        began = time.perf_counter()
+        async with self._moving:
+            self._fence(message)
+            # One that is being filled now is waited for by whoever puts the weights away.
+            level = 1 if self._image or self._filling else 2
+            before = await self._held()
+            await self._client.post(f"/sleep?level={level}&mode=wait", deadline_s=MOVE_S)
+            self._asleep = level
+            # The answer alone proves nothing: a worker without a sleep mode gives the same one.
+            released = before - await self._held()
+            # Of the host's memory an engine holds what it has written of its KV cache, of a GPU's all.
+            gives = self._awake.weights_bytes + (self._awake.kv_bytes if self._awake.free_bytes is not None else 0)
+            wanted = int(_FREED_SHARE * gives)
+            if released < wanted:
+                raise TransitionError(
+                    f"{self._spec.model}: vLLM says that it sleeps and gave back {format_bytes(max(0, released))}, not "
+                    f"{format_bytes(wanted)}"
+                )
+            return {"released_bytes": released, "total_s": time.perf_counter() - began}
+
+    async def _held(self) -> int:
+        """Grows and falls with what the engine holds of its device."""
+        if self._awake.free_bytes is None:
+            return await private_bytes(self._client)
+        return -((await describe(self._client)).free_bytes or 0)
+
+    async def _balloon(self, message: Message, fd: int | None) -> Message:
+        _no_descriptor(fd)
+        if message.get("bytes"):
+            raise TransitionError(f"{self._spec.model}: vLLM's KV cache can't be made smaller while it lives")
+        return {"ballooned_bytes": 0}
+
+    async def _threads(self, message: Message, fd: int | None) -> Message:
+        """vLLM binds its threads once, when it starts."""
+        _no_descriptor(fd)
+        return {}
+
+    async def _take_image(self, message: Message, fd: int | None) -> Message:
+        if fd is None:
+            raise TransitionError("image: no descriptor came with it")
+        try:
+            if message.get("state") != "empty":
+                raise TransitionError("image: vLLM's memory is another in every process: only it can fill its image")
+            began = time.perf_counter()
+            async with self._moving:
+                if self._asleep is not None:
+                    raise TransitionError("image: it is made of the weights on the device, and they are not there")
+                offsets = [sum(self._awake.image_bytes[:rank]) for rank in range(len(self._awake.image_bytes))]
+                path = f"/proc/{os.getpid()}/fd/{fd}"
+                await self._client.rpc("mball_fill_image", [path, offsets], deadline_s=ANSWER_S)
+                self._filling = True
+            await self._filled()
+            self._image = True
+            return {"bytes": sum(self._awake.image_bytes), "fill_s": time.perf_counter() - began}
+        finally:
+            self._filling = False
+            os.close(fd)
+
+    async def _filled(self) -> None:
+        async with asyncio.timeout(MOVE_S):
+            while True:
+                parts = await self._client.rpc("mball_image", deadline_s=ANSWER_S)
+                if all(part["state"] == "ready" for part in parts):
+                    return
+                if ended := [part for part in parts if part["state"] not in ("ready", "filling")]:
+                    raise TransitionError(f"image: {ended[0].get('error') or 'given up'}")
+                await asyncio.sleep(_IMAGE_POLL_S)
+
+    async def _drop_image(self, message: Message, fd: int | None) -> Message:
+        _no_descriptor(fd)
+        async with self._moving:
+            parts = await self._client.rpc("mball_drop_image", deadline_s=MOVE_S)
+            if kept := [part["kept"] for part in parts if part["kept"] is not None]:
+                raise TransitionError(f"image: {kept[0]}")
+            self._image = False
+            return {}
+
+    async def _canary(self, message: Message, fd: int | None) -> Message:
+        """One greedy token, or one vector."""
+        _no_descriptor(fd)
+        began = time.perf_counter()
+        if self._spec.task == "embed":
+            body: dict[str, Any] = {"model": self._spec.model, "input": "The"}
+            answer = await self._client.post("/v1/embeddings", body, deadline_s=ANSWER_S)
+            ok = bool(answer["data"][0]["embedding"])
+        else:
+            body = {"model": self._spec.model, "prompt": "The", "max_tokens": 1, "temperature": 0}
+            answer = await self._client.post("/v1/completions", body, deadline_s=ANSWER_S)
+            ok = answer["usage"]["completion_tokens"] == 1
+        return {"ok": ok, "total_s": time.perf_counter() - began}
+
+    async def _status(self, message: Message, fd: int | None) -> Message:
+        """No answer of the engine's is none of ours: the manager ends what hangs."""
+        _no_descriptor(fd)
+        await self._client.get("/health", deadline_s=ANSWER_S)
+        return {"engine": "vllm", "asleep": self._asleep, "image": self._image, "spare_bytes": 0}
+
+    async def _stopped(self, message: Message, fd: int | None) -> Message:
+        _no_descriptor(fd)
+        self._stop()
+        return {}
+
+    def _fence(self, message: Message) -> None:
+        epoch = message.get("epoch", 0)
+        if not isinstance(epoch, int) or epoch < self._epoch:
+            raise TransitionError(f"the lease of epoch {epoch!r} has ended: epoch {self._epoch} was seen")
+        self._epoch = epoch
+
+
+def _no_descriptor(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)
+        raise TransitionError("a descriptor came with a verb that takes none")

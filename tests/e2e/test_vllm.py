@@ -1,0 +1,120 @@
+"""vLLM beside the embedded engine, behind the gateway, on a device that has room for one of the two models."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import psutil
+import pytest
+import yaml
+
+from mball.device import proc
+from mball.server.client import Client
+from mball.server.run import Running, running_server
+from mball.units import MiB
+from tests.demo_models import demo_model
+from tests.vllm_python import vllm_python
+
+BUDGET_BYTES = 700 * MiB
+WEIGHTS_BYTES = 256 * MiB
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("vllm")
+    models = [
+        {
+            "path": str(demo_model("smollm2-135m")),
+            "engine": "vllm",
+            "engine_python": str(vllm_python()),
+            "engine_args": {"enforce-eager": True},
+            "max_model_len": 1024,
+            "max_num_seqs": 4,
+            "kv_cache_memory_bytes": "96MiB",
+        },
+        {"path": str(demo_model("smollm2-135m-27l")), "kv_cache_memory_bytes": "64MiB"},
+    ]
+    config = folder / "mball.yaml"
+    settings = {"device_memory_bytes": BUDGET_BYTES, "max_wait_s": 0, "start_timeout_s": 400}
+    config.write_text(yaml.safe_dump({"models": models, "log_dir": str(folder / "logs"), **settings}))
+    with running_server(["--config", str(config)], log=folder / "server.log") as running:
+        yield running
+
+
+def complete(server: Running, model: str) -> str:
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=500)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["text"])
+
+
+def state(server: Running, model: str = "smollm2-135m") -> dict[str, Any]:
+    with Client(server.url) as client:
+        found = client.model(model)
+    assert not found["error"], found["error"]
+    return found
+
+
+def test_two_engines_take_turns_and_vllm_wakes_token_exact(server: Running) -> None:
+    first, other = complete(server, "smollm2-135m"), complete(server, "smollm2-135m-27l")
+    assert "Paris" in first
+    for _ in range(3):
+        before = state(server)
+        assert before["shown_as"] == "dram"
+        assert before["device_bytes"] < 64 * MiB
+        asleep_bytes = proc.family_private_bytes(before["pid"])
+        assert complete(server, "smollm2-135m") == first
+        awake = state(server)
+        assert awake["shown_as"] == "device"
+        assert awake["pid"] == before["pid"]
+        assert (proc.family_private_bytes(awake["pid"]) or 0) - (asleep_bytes or 0) > 0.95 * WEIGHTS_BYTES
+        assert complete(server, "smollm2-135m-27l") == other
+    with Client(server.url) as client:
+        whole = client.state()
+    assert not whole["books_wrong"]
+    assert whole["devices"][0]["promised_bytes"] <= BUDGET_BYTES
+
+
+def test_its_own_routes_are_the_managers_alone(server: Running) -> None:
+    for path in ("sleep", "wake_up", "collective_rpc", "v1/load_lora_adapter", "reset_prefix_cache", "tokenize"):
+        for model in ("", "smollm2-135m/"):
+            answer = httpx.post(f"{server.url}/{model}{path}", json={"model": "smollm2-135m"}, timeout=60)
+            assert answer.status_code in (404, 405), (path, answer.text)
+    assert complete(server, "smollm2-135m")
+    socket_folders = [Path(connection.laddr).parent for connection in _sockets(state(server)["pid"])]
+    assert socket_folders
+    assert all(folder.stat().st_mode & 0o077 == 0 for folder in socket_folders)
+
+
+def _sockets(pid: int) -> list[Any]:
+    found = [psutil.Process(member).net_connections("unix") for member in proc.family(pid)]
+    return [connection for each in found for connection in each if str(connection.laddr).endswith(".sock")]
+
+
+def test_bad_requests_are_answered_by_vllm_in_openais_shape(server: Running) -> None:
+    body = {"model": "smollm2-135m", "prompt": PROMPT, "max_tokens": 100_000}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=500)
+    assert answer.status_code == 400
+    assert "message" in answer.json()["error"]
+
+
+def test_a_killed_worker_is_started_again(server: Running) -> None:
+    first = complete(server, "smollm2-135m")
+    before = state(server)
+    family = [psutil.Process(pid) for pid in proc.family(before["pid"])]
+    assert len(family) > 2
+    # Not the one that the manager started, but the one that computes.
+    os.kill(family[-1].pid, signal.SIGKILL)
+    gone, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive
+    assert len(gone) == len(family)
+    assert complete(server, "smollm2-135m") == first
+    after = state(server)
+    assert after["pid"] != before["pid"]
+    assert after["starts"] == before["starts"] + 1

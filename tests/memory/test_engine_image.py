@@ -1,0 +1,239 @@
+"""An engine's memory given up and brought back, with real memory of this process."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+
+from mball.device import memfd
+from mball.device.mapping import Mapping as Pages
+from mball.errors import Cancelled, TransitionError
+from mball.loader.registered import PIECE_BYTES
+from mball.memory.engine_image import EngineImage, Vault
+from mball.memory.fingerprint import fingerprint
+from mball.units import MiB
+
+SIZES = (3 * MiB, PIECE_BYTES + 2 * MiB, mmap.PAGESIZE)
+
+
+class Registry:
+    """What is registered, as a driver would know it."""
+
+    def __init__(self) -> None:
+        self.registered: dict[int, int] = {}
+
+    def register(self, address: int, nbytes: int, *, read_only: bool = False) -> None:
+        self.registered[address] = nbytes
+
+    def unregister(self, address: int) -> None:
+        del self.registered[address]
+
+    def covers(self, address: int, nbytes: int) -> bool:
+        return any(begin <= address and address + nbytes <= begin + n for begin, n in self.registered.items())
+
+
+class Memory:
+    """Three segments. `copied`: bytes out of them; each copy is one that a driver would take."""
+
+    def __init__(self) -> None:
+        self.runtime = Registry()
+        self.pages = [Pages(nbytes) for nbytes in SIZES]
+        self.copied = 0
+        self.gate = threading.Event()
+        self.gate.set()
+        for number, pages in enumerate(self.pages):
+            ctypes.memset(pages.address, number + 1, pages.nbytes)
+
+    def enter(self) -> None:
+        pass
+
+    def segments(self) -> Mapping[int, int]:
+        return {pages.address: pages.nbytes for pages in self.pages}
+
+    def fingerprints(self, segments: Mapping[int, int]) -> dict[int, int]:
+        return {a: int(fingerprint(self.words(a, n)).item()) for a, n in segments.items()}
+
+    def save(self, target: int, address: int, nbytes: int) -> None:
+        self.gate.wait(30)
+        ctypes.memmove(target, address, nbytes)
+        self.copied += nbytes
+
+    def load(self, address: int, source: int, nbytes: int) -> None:
+        ctypes.memmove(address, source, nbytes)
+
+    def finish(self) -> None:
+        pass
+
+    def lose(self) -> None:
+        for pages in self.pages:
+            pages.forget(0, pages.nbytes)
+
+    def content(self) -> bytes:
+        return b"".join(ctypes.string_at(pages.address, pages.nbytes) for pages in self.pages)
+
+    @staticmethod
+    def words(address: int, nbytes: int) -> torch.Tensor:
+        return torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.int64)
+
+
+@pytest.fixture
+def memory() -> Iterator[Memory]:
+    made = Memory()
+    yield made
+    for pages in made.pages:
+        pages.close()
+
+
+@pytest.fixture
+def image_fd() -> Iterator[int]:
+    fd = memfd.create("engine", sum(SIZES) + MiB)
+    yield fd
+    os.close(fd)
+
+
+def swap(vault: Vault, memory: Memory) -> None:
+    """Everything goes, and everything that is kept comes back."""
+    memory.lose()
+    for address in memory.segments():
+        vault.bring_back(address)
+    vault.finish(set(memory.segments()))
+
+
+def filled(vault: Vault, fd: int, offset: int = 0) -> None:
+    vault.fill(fd, offset)
+    assert vault.filling is not None
+    vault.filling.settle()
+    assert vault.filling.error is None
+    assert vault.filling.state == "ready"
+
+
+def test_with_an_image_nothing_is_copied_when_memory_goes(memory: Memory, image_fd: int) -> None:
+    before, vault = memory.content(), Vault(memory)
+    filled(vault, image_fd, offset=MiB)
+    assert memory.copied == sum(SIZES)
+    memfd.seal(image_fd)
+    for _ in range(3):
+        assert vault.put_away(memory.segments()) == 0
+        swap(vault, memory)
+        assert memory.content() == before
+    assert memory.copied == sum(SIZES)
+
+
+def test_what_was_changed_since_is_copied_and_comes_back_as_it_was_last(memory: Memory, image_fd: int) -> None:
+    vault = Vault(memory)
+    filled(vault, image_fd)
+    for value in (77, 78):
+        ctypes.memset(memory.pages[1].address + SIZES[1] - 1, value, 1)
+        changed = memory.content()
+        assert vault.put_away(memory.segments()) == SIZES[1]
+        swap(vault, memory)
+        assert memory.content() == changed
+
+
+def test_without_an_image_all_is_copied(memory: Memory) -> None:
+    before, vault = memory.content(), Vault(memory)
+    assert vault.put_away(memory.segments()) == sum(SIZES)
+    swap(vault, memory)
+    assert memory.content() == before
+
+
+def test_what_is_not_put_away_is_not_brought_back(memory: Memory, image_fd: int) -> None:
+    vault = Vault(memory)
+    filled(vault, image_fd)
+    swap(vault, memory)
+    assert not any(memory.content())
+
+
+def test_a_segment_that_came_later_is_copied(memory: Memory, image_fd: int) -> None:
+    vault = Vault(memory)
+    filled(vault, image_fd)
+    memory.pages.append(Pages(MiB))
+    ctypes.memset(memory.pages[-1].address, 9, MiB)
+    before = memory.content()
+    assert vault.put_away(memory.segments()) == MiB
+    swap(vault, memory)
+    assert memory.content() == before
+
+
+def test_memory_that_is_to_go_waits_for_the_filling(memory: Memory, image_fd: int) -> None:
+    before, vault = memory.content(), Vault(memory)
+    memory.gate.clear()
+    vault.fill(image_fd, 0)
+    threading.Timer(0.2, memory.gate.set).start()
+    assert vault.put_away(memory.segments()) == 0
+    swap(vault, memory)
+    assert memory.content() == before
+
+
+def test_an_image_is_let_go_but_not_while_the_weights_are_nowhere_else(memory: Memory, image_fd: int) -> None:
+    vault = Vault(memory)
+    filled(vault, image_fd)
+    vault.put_away(memory.segments())
+    with pytest.raises(TransitionError, match="in the image alone"):
+        vault.drop()
+    swap(vault, memory)
+    assert memory.runtime.registered
+    vault.drop()
+    assert not memory.runtime.registered
+    assert vault.filling is None
+
+
+def test_a_filling_that_is_not_wanted_ends_and_leaves_nothing(memory: Memory, image_fd: int) -> None:
+    vault = Vault(memory)
+    memory.gate.clear()
+    vault.fill(image_fd, 0)
+    filling = vault.filling
+    assert filling is not None
+    with pytest.raises(TransitionError, match="already"):
+        vault.fill(image_fd, 0)
+    filling.cancel.set()
+    memory.gate.set()
+    vault.drop()
+    assert filling.state == "failed"
+    assert filling.image is None
+    assert not memory.runtime.registered
+
+
+def test_a_filling_that_fails_says_why_and_nothing_is_lost(memory: Memory) -> None:
+    vault = Vault(memory)
+    fd = memfd.create("small", MiB)
+    try:
+        vault.fill(fd, 0)
+        assert vault.filling is not None
+        vault.filling.settle()
+        assert vault.filling.state == "failed"
+        assert "image of 1.0 MiB" in str(vault.filling.error)
+        before = memory.content()
+        assert vault.put_away(memory.segments()) == sum(SIZES)
+        swap(vault, memory)
+        assert memory.content() == before
+    finally:
+        os.close(fd)
+
+
+def test_pieces_are_registered_where_they_are_copied_to(memory: Memory, image_fd: int) -> None:
+    pinned: list[bool] = []
+    save = memory.save
+
+    def checked(target: int, address: int, nbytes: int) -> None:
+        pinned.append(memory.runtime.covers(target, nbytes))
+        save(target, address, nbytes)
+
+    memory.save = checked  # type: ignore[method-assign]
+    image = EngineImage.fill(memory, image_fd, MiB, threading.Event())
+    assert pinned
+    assert all(pinned)
+    image.close()
+
+
+def test_cancelled_before_it_begins(memory: Memory, image_fd: int) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    with pytest.raises(Cancelled):
+        EngineImage.fill(memory, image_fd, 0, cancel)

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mball.memory.fingerprint import fingerprint
+
+WORDS = 70_000
+"""More than a chunk."""
+
+
+def words() -> torch.Tensor:
+    return torch.arange(WORDS, dtype=torch.int64) * 7919
+
+
+def taken(tensor: torch.Tensor) -> int:
+    return int(fingerprint(tensor).item())
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, WORDS - 1), st.integers(0, 62))
+def test_one_bit_anywhere_changes_it(place: int, bit: int) -> None:
+    changed = words()
+    changed[place] ^= 1 << bit
+    assert taken(changed) != taken(words())
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, WORDS - 1), st.integers(0, WORDS - 1))
+def test_words_that_change_places_change_it(one: int, other: int) -> None:
+    changed = words()
+    changed[[one, other]] = changed[[other, one]]
+    assert (taken(changed) == taken(words())) == (one == other)
+
+
+def test_the_highest_bits_alone_have_places_too() -> None:
+    found = set()
+    for place in range(64):
+        tensor = torch.zeros(64, dtype=torch.int64)
+        tensor[place] = 1 << 62
+        found.add(taken(tensor))
+    assert len(found) == 64
+
+
+def test_zeros_are_told_by_their_number() -> None:
+    assert len({taken(torch.zeros(n, dtype=torch.int64)) for n in range(1, 9)}) == 8

@@ -1,0 +1,167 @@
+"""vLLM's own server as a worker: real vLLM on the CPU, told what the manager tells."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from mball.device import memfd, proc
+from mball.device.cpu import CpuDevice
+from mball.errors import VerbFailed, WorkerNotStarted
+from mball.memory.process import Hello, WorkerProcess
+from mball.memory.settings import Settings
+from mball.memory.spec import WorkerSpec
+from mball.server.engine_path import search_path
+from mball.units import MiB
+from tests.demo_models import demo_model
+from tests.vllm_python import vllm_python
+
+WEIGHTS_BYTES = 256 * MiB
+KV_BYTES = 96 * MiB
+PROMPT = "The capital of France is"
+
+
+def spec_in(folder: Path, **options: Any) -> WorkerSpec:
+    return WorkerSpec(
+        "smol",
+        str(demo_model("smollm2-135m")),
+        socket_path=str(folder / "w.sock"),
+        max_model_len=1024,
+        max_num_seqs=2,
+        kv_cache_bytes=KV_BYTES,
+        engine="vllm",
+        engine_args={"enforce_eager": True, **options},
+    )
+
+
+async def started(folder: Path, spec: WorkerSpec, python: Path | None = None) -> tuple[WorkerProcess, Hello]:
+    path = {"PYTHONPATH": search_path(folder / "path")}
+    return await WorkerProcess.start(
+        [str(python or vllm_python()), "-m", "mball.server.worker.vllm_process"],
+        spec,
+        extra_environment=path,
+        log=folder / "vllm.log",
+        settings=Settings(start_s=400),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    vllm_python()
+    return tmp_path_factory.mktemp("vllm")
+
+
+async def text_of(socket_path: str) -> tuple[str, list[float]]:
+    """A greedy answer, and the log probability of each of its tokens."""
+    connector = aiohttp.UnixConnector(socket_path)
+    body = {"model": "smol", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "logprobs": 1}
+    async with (
+        aiohttp.ClientSession(connector=connector) as session,
+        session.post("http://worker/v1/completions", json=body) as answer,
+    ):
+        assert answer.status == 200, await answer.text()
+        choice = (await answer.json())["choices"][0]
+    return choice["text"], choice["logprobs"]["token_logprobs"]
+
+
+async def test_its_life(folder: Path) -> None:
+    """One start for all: it takes half a minute."""
+    spec, device = spec_in(folder), CpuDevice()
+    worker, hello = await started(folder, spec)
+    try:
+        assert hello.resident
+        assert abs(hello.weights_bytes - WEIGHTS_BYTES) < MiB
+        assert hello.image_bytes == hello.weights_bytes
+        assert abs(hello.kv_bytes - KV_BYTES) < 8 * MiB
+
+        def held() -> int:
+            return device.process_bytes(worker.pid, hello.baseline_bytes) or 0
+
+        assert held() > WEIGHTS_BYTES
+        assert (await worker.call("canary", deadline_s=60))["ok"]
+        before = await text_of(spec.socket_path)
+        assert "Paris" in before[0]
+
+        # Nobody else's: what /sleep and /collective_rpc are reached by.
+        assert Path(spec.socket_path).stat().st_mode & 0o077 == 0
+
+        # Without an image the weights are forgotten, and read again.
+        await asleep_and_back(worker, hello, held, spec, before, epoch=1)
+
+        # With one they come from there, and nothing was copied when they went.
+        fd = memfd.create("smol", hello.image_bytes)
+        try:
+            filled = await worker.call("image", deadline_s=60, fd=fd, state="empty")
+            assert filled["bytes"] == hello.image_bytes
+            memfd.seal(fd)
+            assert (await worker.call("status", deadline_s=10))["image"]
+            for epoch in (2, 3):
+                await asleep_and_back(worker, hello, held, spec, before, epoch)
+                assert_read_from_image(worker.pid, os.fstat(fd).st_ino)
+            await worker.call("demote", deadline_s=60, epoch=4)
+            with pytest.raises(VerbFailed, match="in the image alone"):
+                await worker.call("drop_image", deadline_s=60)
+            await worker.call("promote", deadline_s=60, epoch=4)
+            await worker.call("drop_image", deadline_s=60)
+        finally:
+            os.close(fd)
+        assert await text_of(spec.socket_path) == before
+
+        with pytest.raises(VerbFailed, match="epoch 3"):
+            await worker.call("demote", deadline_s=60, epoch=3)
+        with pytest.raises(VerbFailed, match="can't be made smaller"):
+            await worker.call("balloon", deadline_s=60, epoch=4, bytes=MiB, gently=False)
+        assert await worker.call("balloon", deadline_s=60, epoch=4, bytes=0, gently=False) == {"ballooned_bytes": 0}
+        family = proc.family(worker.pid)
+        assert len(family) > 2
+    finally:
+        await worker.stop(Settings(verb_s=20))
+    assert worker.exit_code == 0
+    assert [pid for pid in family if proc.start_ticks(pid) is not None] == []
+
+
+async def asleep_and_back(
+    worker: WorkerProcess, hello: Hello, held: Any, spec: WorkerSpec, before: tuple[str, list[float]], epoch: int
+) -> None:
+    awake_bytes = held()
+    gave = await worker.call("demote", deadline_s=60, epoch=epoch)
+    assert gave["released_bytes"] > 0.9 * WEIGHTS_BYTES
+    assert held() < awake_bytes - 0.95 * WEIGHTS_BYTES
+    assert held() < 64 * MiB
+    done = await worker.call("promote", deadline_s=120, epoch=epoch)
+    assert done["weights_bytes"] == hello.weights_bytes
+    assert (await worker.call("canary", deadline_s=60))["ok"]
+    assert await text_of(spec.socket_path) == before
+    assert held() > 0.95 * WEIGHTS_BYTES
+
+
+def assert_read_from_image(pid: int, inode: int) -> None:
+    """One of its processes has the image mapped."""
+    maps = [Path(f"/proc/{member}/maps").read_text() for member in proc.family(pid)]
+    assert any(re.search(rf"\b{inode} /memfd:smol", text) for text in maps)
+
+
+async def test_an_interpreter_without_vllm_is_refused_for_good(tmp_path: Path) -> None:
+    import sys
+
+    with pytest.raises(WorkerNotStarted, match="has no vLLM: set engine_python") as caught:
+        await started(tmp_path, spec_in(tmp_path), Path(sys.executable))
+    assert caught.value.final
+
+
+async def test_a_version_that_is_not_known_is_refused_with_those_that_work(tmp_path: Path) -> None:
+    import sys
+
+    path = search_path(tmp_path / "path")
+    other = tmp_path / "path" / "vllm-0.1.2.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.1.2\n")
+    assert path
+    with pytest.raises(WorkerNotStarted, match=r"vLLM 0\.1\.2 is not supported: install one of 0\.26, 0\.32") as caught:
+        await started(tmp_path, spec_in(tmp_path), Path(sys.executable))
+    assert caught.value.final
