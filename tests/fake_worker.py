@@ -116,9 +116,14 @@ class FakeWorker:
         knobs = self.knobs
         return knobs.weights_bytes + knobs.kv_bytes - self.ballooned + knobs.working_bytes + knobs.extra_bytes
 
-    def hello(self) -> dict[str, Any]:
+    async def hello(self) -> dict[str, Any]:
+        """An engine that starts on the device takes what it needs before."""
         self.baseline = private_bytes(os.getpid()) or 0
+        if self.spec.starts_awake:
+            await asyncio.to_thread(self._take, self.held)
+            self.resident = True
         return {
+            "resident": self.resident,
             "event": "hello",
             "pid": os.getpid(),
             "baseline_bytes": self.baseline,
@@ -353,7 +358,7 @@ class FakeWorker:
             await channel.send({"event": "failed", "error": self.knobs.cannot_start})
             return
         await self.fault("start")
-        await channel.send(self.hello())
+        await channel.send(await self.hello())
         verbs: dict[str, Callable[[control.Message, int | None], Awaitable[control.Message]]] = {
             "promote": self.promote,
             "demote": self.demote,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 STAGES = ("versions", "stock", "mball", "changed", "reload")
-PROMPT_IDS = [[(7 * i + j) % 4000 + 5 for j in range(48)] for i in range(4)]
+PROMPT_IDS = [[(7 * i + j) % 200 + 5 for j in range(48)] for i in range(4)]
 CYCLES = int(os.environ.get("MBALL_CHECK_CYCLES", "10"))
 KV_BYTES = 2 << 30
 

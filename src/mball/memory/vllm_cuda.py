@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -74,10 +74,13 @@ class Sleeper:
         awake = {a: data for a, data in self._cumem.allocations().items() if not data.is_asleep}
         with torch.cuda.stream(torch.cuda.current_stream()):
             self.vault.put_away({a: int(data.handle[1]) for a, data in awake.items() if data.tag not in forgotten})
-        for data in awake.values():
-            self._cumem.unmap(data.handle)
-            data.is_asleep = True
+        self._unmap(awake.values())
         torch.cuda.empty_cache()
+
+    def forget(self, tags: Collection[str]) -> None:
+        """Those with one of the tags, with what is in them. Nothing computes."""
+        torch.cuda.synchronize()
+        self._unmap(d for d in self._cumem.allocations().values() if d.tag in tags and not d.is_asleep)
 
     def wake(self, tags: list[str] | None) -> None:
         """Those with one of the tags (None: all), and whatever has neither of the two that may come later."""
@@ -94,6 +97,11 @@ class Sleeper:
             self.vault.bring_back(address)
         self.vault.finish(set(asleep))
 
+    def _unmap(self, allocations: Iterable[Any]) -> None:
+        for data in allocations:
+            self._cumem.unmap(data.handle)
+            data.is_asleep = True
+
 
 class ImageBackend(vllm_compat.sleeping().base):  # type: ignore[misc]
     """In the place of vLLM's own backend."""
@@ -106,6 +114,10 @@ class ImageBackend(vllm_compat.sleeping().base):  # type: ignore[misc]
         self._state = "RESUMING"
         sleeper().wake(tags)
         self._state = "RUNNING"
+
+    def discard(self, tags: tuple[str, ...]) -> None:
+        sleeper().forget(tags)
+        self._state = "SUSPENDED"
 
     @classmethod
     def preserves_communicators(cls) -> bool:

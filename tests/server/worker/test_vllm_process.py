@@ -143,7 +143,7 @@ async def asleep_and_back(
 def assert_read_from_image(pid: int, inode: int) -> None:
     """One of its processes has the image mapped."""
     maps = [Path(f"/proc/{member}/maps").read_text() for member in proc.family(pid)]
-    assert any(re.search(rf"\b{inode} /memfd:smol", text) for text in maps)
+    assert any(re.search(rf"\b{inode} +/memfd:smol", text) for text in maps)
 
 
 async def test_an_interpreter_without_vllm_is_refused_for_good(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ class VllmVerbs:
             "threads": self._threads,
             "image": self._take_image,
             "drop_image": self._drop_image,
+            "swap": self._swap,
             "canary": self._canary,
             "status": self._status,
             "stop": self._stopped,
@@ -175,6 +176,12 @@ class VllmVerbs:
                 raise TransitionError(f"image: {kept[0]}")
             self._image = False
             return {}
+
+    async def _swap(self, message: Message, fd: int | None) -> Message:
+        """Its KV blocks stay on the device."""
+        if fd is not None:
+            os.close(fd)
+        return {}
 
     async def _canary(self, message: Message, fd: int | None) -> Message:
         """One greedy token, or one vector."""

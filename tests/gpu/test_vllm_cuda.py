@@ -1,0 +1,151 @@
+"""vLLM on a GPU: the load format, the sleep backend and the worker.
+
+    MBALL_VLLM_PYTHON=/tmp/vpy python -m pytest tests/gpu/test_vllm_cuda.py -s
+
+MBALL_VLLM_PYTHON is an interpreter that has vLLM and leaves PYTHONPATH as it is, or adds to it. MBALL_VLLM_MODEL is the
+model's folder (by default one of random weights, 1 GiB), MBALL_VLLM_RESULTS the file for what was found, line by line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import torch
+
+from mball.device import memfd
+from mball.device.nvml import NvmlDevice
+from mball.memory.process import WorkerProcess
+from mball.memory.settings import Settings
+from mball.memory.spec import WorkerSpec
+from mball.server.engine_path import search_path
+from mball.server.models import random
+from mball.units import GiB, MiB
+from tests.vllm_python import vllm_python
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+CHECK = Path(__file__).with_name("vllm_check.py")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if named := os.environ.get("MBALL_VLLM_MODEL"):
+        return Path(named)
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    random.make("llama", folder, size_bytes=1 * GiB, max_shard_bytes=300 * MiB)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
+    """What every stage found, by stage and part."""
+    folder = tmp_path_factory.mktemp("check")
+    results = Path(os.environ.get("MBALL_VLLM_RESULTS", folder / "results.jsonl"))
+    results.unlink(missing_ok=True)
+    environment = {**os.environ, "PYTHONPATH": search_path(folder / "path"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([str(vllm_python()), str(CHECK), str(model), str(results)], env=environment, check=False)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    return {(line["stage"], line.get("part", "")): line for line in lines}
+
+
+def weights_bytes(found: dict[tuple[str, str], dict[str, Any]]) -> int:
+    return int(found["versions", ""]["weights_bytes"])
+
+
+@pytest.mark.parametrize("stage", ["versions", "stock", "mball", "changed", "reload"])
+def test_every_stage_ends(found: dict[tuple[str, str], dict[str, Any]], stage: str) -> None:
+    ended = found[stage, "ended"]
+    assert ended["code"] == 0, ended["tail"]
+
+
+def test_it_answers_as_stock_vllm_does(found: dict[tuple[str, str], dict[str, Any]]) -> None:
+    assert found["mball", "as stock"]["same"]
+
+
+def test_the_weights_pool_holds_the_weights_and_nothing_else(found: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """What the loader reads into is neither in the pool nor still there."""
+    described = found["mball", "up"]["described"]
+    assert weights_bytes(found) * 0.98 < described["weights_bytes"] < weights_bytes(found) * 1.05 + 64 * MiB
+
+
+def test_a_sleep_frees_all_and_a_wake_brings_back_the_same(found: dict[tuple[str, str], dict[str, Any]]) -> None:
+    swap, described = found["mball", "swap"], found["mball", "up"]["described"]
+    assert swap["same"]
+    assert all(
+        cycle["freed_bytes"] > 0.98 * (described["weights_bytes"] + described["kv_bytes"]) for cycle in swap["cycles"]
+    )
+    assert abs(swap["drift_bytes"]) < 256 * MiB
+
+
+def test_a_weight_that_was_changed_stays_changed(found: dict[tuple[str, str], dict[str, Any]]) -> None:
+    assert found["changed", "image"]["state"] == "ready"
+    assert found["changed", "swap"]["differs"]
+    assert found["changed", "swap"]["same"]
+    assert found["changed", "changed back"]["same"]
+    assert found["changed", "without an image"]["same"]
+
+
+def test_weights_that_were_forgotten_are_read_again(found: dict[tuple[str, str], dict[str, Any]]) -> None:
+    assert found["reload", ""]["same"]
+
+
+async def text_of(socket_path: str) -> tuple[str, list[float]]:
+    body = {"model": "m", "prompt": [5, 6, 7, 8, 9], "max_tokens": 16, "temperature": 0, "logprobs": 1}
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.UnixConnector(socket_path)) as session,
+        session.post("http://worker/v1/completions", json=body) as answer,
+    ):
+        assert answer.status == 200, await answer.text()
+        choice = (await answer.json())["choices"][0]
+    return choice["text"], choice["logprobs"]["token_logprobs"]
+
+
+async def test_its_server_as_a_worker(model: Path, tmp_path: Path) -> None:
+    [device, *_] = NvmlDevice.visible()
+    spec = WorkerSpec(
+        "m",
+        str(model),
+        socket_path=str(tmp_path / "w.sock"),
+        device=device.name,
+        max_model_len=1024,
+        max_num_seqs=4,
+        kv_cache_bytes=1 * GiB,
+        engine="vllm",
+        engine_args={"enforce_eager": True},
+    )
+    free_bytes = device.free_bytes()
+    worker, hello = await WorkerProcess.start(
+        [str(vllm_python()), "-m", "mball.server.worker.vllm_process"],
+        spec,
+        extra_environment={"PYTHONPATH": search_path(tmp_path / "path")},
+        log=tmp_path / "vllm.log",
+        settings=Settings(start_s=500),
+    )
+    try:
+        before = await text_of(spec.socket_path)
+        fd = memfd.create("m", hello.image_bytes)
+        try:
+            filled = await worker.call("image", deadline_s=120, fd=fd, state="empty")
+            memfd.seal(fd)
+            for epoch in range(1, 6):
+                awake_bytes = device.free_bytes()
+                slept = await worker.call("demote", deadline_s=60, epoch=epoch)
+                assert device.free_bytes() - awake_bytes > 0.95 * (hello.weights_bytes + hello.kv_bytes)
+                woke = await worker.call("promote", deadline_s=60, epoch=epoch)
+                assert (await worker.call("canary", deadline_s=60))["ok"]
+                assert await text_of(spec.socket_path) == before
+        finally:
+            os.close(fd)
+        print(json.dumps({"fill_s": filled["fill_s"], "sleep_s": slept["total_s"], "wake_s": woke["total_s"]}))  # noqa: T201
+    finally:
+        await worker.stop(Settings(verb_s=20))
+    assert free_bytes - device.free_bytes() < 256 * MiB

@@ -1,0 +1,90 @@
+"""Engines whose workers are on the device once they have started."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mball.device.simulated import SimulatedDevice
+from mball.errors import ModelFailed
+from mball.memory.spec import ModelSpec
+from mball.units import MiB
+from tests.fake_worker import Knobs
+from tests.memory.conftest import QUICK, Serve, model, slot_of
+
+ROOM = 500 * MiB
+
+
+def eager(name: str, knobs: Knobs | None = None, **options: Any) -> ModelSpec:
+    spec = model(name, knobs, **options)
+    return replace(spec, worker=replace(spec.worker, engine="vllm", kv_cache_bytes=16 * MiB))
+
+
+async def test_it_answers_once_it_has_started(serve: Serve) -> None:
+    running = await serve(eager("a"))
+    assert await running.ask("a")
+    state = running.state("a")
+    assert (state["shown_as"], state["starts"], state["promotions"]) == ("device", 1, 0)
+    assert state["device_bytes"] == 81 * MiB
+    assert state["promised_bytes"] == 81 * MiB
+    assert running.manager._models["a"].context_bytes == 1 * MiB
+
+
+async def test_room_is_made_before_it_starts(serve: Serve, device: SimulatedDevice) -> None:
+    """Known from its first start on: it takes all at once, so the other has to have left by then."""
+    running = await serve(model("b"), eager("a"), settings=replace(QUICK, max_wait_s=0.2))
+    await running.ask("a")
+    await running.manager.unload("a")
+    os.kill(running.state("a")["pid"], signal.SIGKILL)
+    await running.until(lambda: running.state("a")["process"] == "gone")
+    await running.ask("b")
+    assert running.state("a")["process"] == "gone"
+    await running.ask("a")
+    assert running.state("a")["crashes"] == 1
+    assert running.state("b")["shown_as"] != "device"
+
+
+async def test_it_sleeps_for_another_and_comes_back(serve: Serve) -> None:
+    running = await serve(eager("a"), model("b"), dram_bytes=ROOM)
+    await running.ask("a")
+    await running.until(lambda: bool(running.state("a")["image_ready"]))
+    first = running.state("a")["pid"]
+    for _ in range(2):
+        await running.ask("b")
+        assert running.state("a")["shown_as"] == "dram"
+        assert running.state("a")["promised_bytes"] == 1 * MiB
+        await running.ask("a")
+        assert (running.state("a")["shown_as"], running.state("a")["pid"]) == ("device", first)
+    assert running.state("a")["promotions"] == 2
+    assert not running.manager.snapshot()["books_wrong"]
+
+
+async def test_its_image_goes_with_its_worker(serve: Serve) -> None:
+    """It is of that process's memory: the next one's is another."""
+    running = await serve(eager("a"), dram_bytes=ROOM)
+    await running.ask("a")
+    await running.until(lambda: bool(running.state("a")["image_ready"]))
+    os.kill(running.state("a")["pid"], signal.SIGKILL)
+    await running.until(lambda: running.state("a")["process"] == "gone")
+    assert running.state("a")["shown_as"] == "stopped"
+    assert running.manager.snapshot()["dram"]["image_bytes"] == 0
+    await running.ask("a")
+    await running.until(lambda: bool(running.state("a")["image_ready"]))
+
+
+async def test_one_that_gives_no_token_is_started_again(serve: Serve, tmp_path: Path) -> None:
+    running = await serve(eager("a", Knobs(fail_at="canary", times=1, counter=str(tmp_path / "times"))))
+    await running.ask("a")
+    assert (running.state("a")["starts"], running.state("a")["crashes"]) == (2, 1)
+
+
+async def test_one_that_can_never_fit_is_refused(serve: Serve) -> None:
+    running = await serve(eager("a", Knobs(weights_bytes=200 * MiB, kv_bytes=0)))
+    with pytest.raises(ModelFailed):
+        await running.ask("a", deadline_s=20.0)
+    assert slot_of(running.manager).ledger.promised_bytes == 0
