@@ -30,9 +30,9 @@ def test_on_a_gpu_its_own_worker_is_extended() -> None:
 
 
 def test_the_models_own_options_are_given_by_vllms_names() -> None:
-    spec = replace(SPEC, max_model_len=100, dtype="bfloat16", trust_remote_code=True)
+    spec = replace(SPEC, max_model_len=100, dtype="bfloat16", trust_remote_code=True, enable_prefix_caching=False)
     words = " ".join(arguments(spec, 1))
-    assert "--max-model-len 100 --dtype bfloat16 --trust-remote-code" in words
+    assert "--max-model-len 100 --dtype bfloat16 --trust-remote-code --no-enable-prefix-caching" in words
 
 
 def test_any_other_option_passes_through() -> None:

@@ -23,8 +23,8 @@ class WorkerSpec:
     `resident_experts` says so of a mixture's experts, counted over all layers; one of the two is given at most.
     `device_memory_bytes` is what `auto` may take in all (None: there is no limit). `enable_prefix_caching`: KV of
     sequences that ended is kept for those that begin alike. `kv_arena_bytes` of host memory are for KV blocks that left
-    the device (None: a modest part on a GPU, none on the CPU); a store of blocks is used through it. `engine_python` is the
-    interpreter of an engine that has one of its own, `engine_args` are options by that engine's names.
+    the device (None: a modest part on a GPU, none on the CPU); a store of blocks is used through it. `engine_python` is
+    the interpreter of an engine that has one of its own, `engine_args` are options by that engine's names.
     """
 
     model: str

@@ -56,6 +56,7 @@ def arguments(spec: WorkerSpec, kv_bytes: int) -> list[str]:
         "max_model_len": spec.max_model_len,
         "dtype": spec.dtype,
         "trust_remote_code": spec.trust_remote_code or None,
+        "enable_prefix_caching": None if spec.enable_prefix_caching else False,
         **{name.replace("-", "_"): value for name, value in spec.engine_args.items()},
         "uds": spec.socket_path,
         "kv_cache_memory_bytes": kv_bytes,
