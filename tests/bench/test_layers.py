@@ -18,7 +18,7 @@ from mball.bench.contenders import Cannot
 from mball.bench.layers import Settings, run_layers
 from mball.bench.layers_contenders import ACCELERATE, MBALL, VLLM
 from mball.bench.layers_vllm import groups, step_time
-from mball.bench.raw_disk import CHUNK_BYTES, Stretch, best
+from mball.bench.raw_disk import CHUNK_BYTES, Stretch, best, rates
 from mball.errors import ConfigError
 
 
@@ -79,10 +79,14 @@ def test_the_bare_disk_is_read_where_it_is_told(tmp_path: Path) -> None:
     file.write_bytes(bytes(3 * CHUNK_BYTES))
     stretches = [Stretch(str(file), 5000, CHUNK_BYTES), Stretch(str(file), CHUNK_BYTES + 77, 2 * CHUNK_BYTES - 77)]
     try:
-        found = best(stretches, 5.0)
+        found = rates(stretches, 5.0)
     except Cannot as error:
         pytest.skip(str(error))
-    assert found.bytes_s > 0
+    assert min(found.values()) > 0
+
+
+def test_the_best_depth_is_that_of_the_highest_mean() -> None:
+    assert best([{1: 5.0, 4: 6.0}, {1: 9.0, 4: 7.0}]) == (1, 7.0)
 
 
 def test_wrong_arguments(model: Path) -> None:

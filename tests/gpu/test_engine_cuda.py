@@ -46,7 +46,7 @@ def test_seeded_sampling_is_the_same_alone_in_a_batch_and_after_a_swap(
 def test_no_step_plans_an_attention_anew(model_dir: ModelDir, engine_for: EngineFor) -> None:
     engine_for(model_dir("llama"), device="cuda:0")
     query = torch.zeros(1, 8, 4, 64, dtype=torch.bfloat16, device="cuda")
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         torch.nn.functional.scaled_dot_product_attention(query, query, query)
     assert not [event.name for event in profile.events() if "cudnn" in event.name]
 

@@ -109,9 +109,9 @@ def mball(spec: Spec) -> dict[str, Any]:
             "weights_bytes": layers.nbytes,
             "device_bytes": _device_bytes(spec),
             "steps": len(part.gaps),
-            **({"disk_bytes_s": max(found.bytes_s for found in disk)} if disk else {}),
+            **({"disk_bytes_s": raw_disk.best(disk)[1]} if disk else {}),
             "facts": {
-                **({"disk_depth": max(disk, key=lambda found: found.bytes_s).depth} if disk else {}),
+                **({"disk_depth": raw_disk.best(disk)[0]} if disk else {}),
                 "streamed": f"{len(layout.streamed)} of {num_layers} layers",
                 "slots": layout.slots,
                 "compared_tokens": same,
@@ -261,7 +261,7 @@ def _raw_rate(engine: Any, spec: Spec) -> float:
     return max(rates)
 
 
-def _disk(layers: Any, spec: Spec) -> raw_disk.Best:
+def _disk(layers: Any, spec: Spec) -> raw_disk.Rates:
     """The bare disk, of the bytes of the streamed layers."""
     _forget(spec)
     shards = layers._checkpoint.shards
@@ -270,7 +270,7 @@ def _disk(layers: Any, spec: Spec) -> raw_disk.Best:
         for layer in layers.layout.streamed
         for extent in layers._parts[layer].extents
     ]
-    found = raw_disk.best(stretches, spec.limit_s / len(raw_disk.DEPTHS))
+    found = raw_disk.rates(stretches, spec.limit_s / len(raw_disk.DEPTHS))
     _forget(spec)
     return found
 

@@ -24,6 +24,8 @@ _PREFETCH_STEP = 1
 _ENVIRONMENT = {
     # One process, which the benchmark can end and whose device memory it can see.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # The newer model runner takes the options and offloads nothing (seen in 0.26).
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "HF_HUB_OFFLINE": "1",
@@ -62,11 +64,15 @@ def measure(spec: dict[str, Any], vllm: Any) -> dict[str, Any]:
         return time.perf_counter() - began
 
     step_s, steps = step_time(generate, spec["steps"], spec["limit_s"])
+    offloader = importlib.import_module("vllm.model_executor.offloader").get_offloader()
+    if not (offloaded_bytes := getattr(offloader, "total_offloaded_bytes", 0)):
+        return {"cannot": f"vLLM {vllm.__version__} took the options, and offloaded nothing"}
     free_bytes, total_bytes = torch.cuda.mem_get_info(0)
     return {
         "step_s": step_s,
         "tokens_s": 1 / step_s,
         "device_bytes": total_bytes - free_bytes,
+        "offloaded_bytes": offloaded_bytes,
         "steps": steps,
         "facts": {
             "streamed": f"{offloaded} of every {size} layers",

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from statistics import fmean
 
 from mball.bench.contenders import Cannot
 from mball.device.mapping import Mapping
@@ -30,17 +31,19 @@ class Stretch:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Best:
-    bytes_s: float
-    depth: int
+Rates = dict[int, float]
+"""Bytes a second by depth."""
 
 
-def best(stretches: Sequence[Stretch], limit_s: float) -> Best:
-    """The highest rate of all depths, each of which may take `limit_s`. Raises Cannot."""
-    rates = {depth: _rate(stretches, depth, limit_s) for depth in DEPTHS}
-    depth = max(rates, key=lambda depth: rates[depth])
-    return Best(rates[depth], depth)
+def rates(stretches: Sequence[Stretch], limit_s: float) -> Rates:
+    """Of each depth, which may take `limit_s`. Raises Cannot."""
+    return {depth: _rate(stretches, depth, limit_s) for depth in DEPTHS}
+
+
+def best(passes: Sequence[Rates]) -> tuple[int, float]:
+    """The depth with the highest mean of all passes, and that. The highest single reading would be noise's."""
+    means = {depth: fmean(rates[depth] for rates in passes) for depth in passes[0]}
+    return max(means.items(), key=lambda item: item[1])
 
 
 def _rate(stretches: Sequence[Stretch], depth: int, limit_s: float) -> float:

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 _UP, _GATE_UP, _DOWN = "up_proj", "gate_up_proj", "down_proj"
 _KNOWN = {_UP, _GATE_UP, _DOWN, f"{_UP}_bias", f"{_GATE_UP}_bias", f"{_DOWN}_bias"}
-_MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+_MARKS = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 
 class Chosen(Protocol):
@@ -50,7 +50,9 @@ def stream(modules: Sequence[nn.Module], turn: Turn) -> None:
 def _understood(module: Any) -> bool:
     parameters = dict(module.named_parameters())
     leading = all(tensor.shape[:1] == (module.num_experts,) for tensor in parameters.values())
-    return bool(parameters) and leading and parameters.keys() <= _KNOWN and not module.has_post_expert_norm
+    # 5.17 knows no norm after an expert.
+    norm = getattr(module, "has_post_expert_norm", False)
+    return bool(parameters) and leading and parameters.keys() <= _KNOWN and not norm
 
 
 def _forward(module: Any, layer: int, turn: Turn) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
