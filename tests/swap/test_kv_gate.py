@@ -65,6 +65,24 @@ def test_forced_it_decides_one_way(forced: bool) -> None:
     assert gate.better("store", 0, 16, 1, NOW) is gate.better("store", 0, 16, 1 << 60, NOW) is forced
 
 
+def test_short_steps_and_copies_say_nothing_of_long_ones() -> None:
+    """What is left of a prompt whose beginning is there takes a step of its own: 16 tokens in the time of 512."""
+    gate = taught(a=5e-5, b=0, rate=1.1 * GiB)
+    for _ in range(1000):
+        gate.computed(7984, 16, 0.025)
+        gate.loaded("store", 1 << 16, 0.001, NOW)
+        gate.loaded("store", 1 << 26, (1 << 26) / (1.1 * GiB), NOW)
+    assert gate.recompute_s(0, 8000) == pytest.approx(0.4, rel=0.01)
+    assert not gate.better("store", 0, 8000, GiB, NOW)
+
+
+def test_copies_that_stay_small_count_in_the_end() -> None:
+    gate = taught(rate=40 * GiB)
+    for _ in range(100):
+        gate.loaded("store", 1 << 16, 0.001, NOW)
+    assert gate.reload_s("store", 1 << 16) == pytest.approx(0.001)
+
+
 def test_new_measurements_count_more() -> None:
     gate = taught(rate=1 * GiB)
     for _ in range(40):

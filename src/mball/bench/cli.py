@@ -195,6 +195,32 @@ def swap(
 
 
 @app.command()
+def kv(
+    model: Annotated[Path, typer.Argument(help="The folder of a model that generates.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    tokens: Annotated[int, typer.Option(min=64, help="Of the prompt whose KV is brought back.")] = 8000,
+    store: Annotated[
+        list[Path] | None, typer.Option(help="A folder for a store; may be given again. Without: from DRAM alone.")
+    ] = None,
+    disk_rate: Annotated[
+        str, typer.Option(help="One more store, in the first folder, that reads so much a second, as 1.1GiB.")
+    ] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each kind in a process.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Fresh processes per contender.")] = 2,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds a turn may take.")] = 900.0,
+    json: Annotated[Path | None, typer.Option(help="Write every round here, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot here: PLOT.svg and PLOT.png.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table, machine and versions here.")] = None,
+) -> None:
+    """The first token of a prompt whose KV comes back from DRAM or a store, against computing it; and the gate."""
+    from mball.bench.kv import Settings, run_kv
+
+    rate = float(_size(disk_rate)) if disk_rate else None
+    settings = Settings(device, tokens, tuple(store or ()), rate, repeats, rounds, timeout)
+    run_kv(model, settings, json_path=json, plot_path=plot, markdown_path=markdown, console=Console())
+
+
+@app.command()
 def chaos(
     models: Annotated[
         list[Path] | None, typer.Argument(help="Models' folders, in float32. Default: three small random ones.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -83,7 +84,7 @@ class CudaCopies:
     def __init__(self, pool: Tensor, arena: Tensor, piece: int) -> None:
         self._pool, self._arena, self._piece = pool, arena, piece
         self._device = pool.device
-        self._stream = new_stream(self._device)
+        self._stream = _stream_of(self._device)
         self._leaving: dict[int, CudaMark] = {}
         self._loading: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque()
 
@@ -144,6 +145,12 @@ class CudaCopies:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(stream)
         return event
+
+
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One for every pool that comes and goes."""
+    return new_stream(device)
 
 
 def runs(pairs: Pairs, piece: int) -> list[tuple[int, int, int]]:

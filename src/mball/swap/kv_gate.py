@@ -1,7 +1,8 @@
 """Whether bringing KV back beats computing it again, by what this machine was measured to do: pure.
 
 Computing a token costs a + b × its position: attention reads all before it. Bringing bytes back costs in proportion.
-Both are least squares over what was seen, older measurements counting less with each new one.
+Both are fitted to what was seen, older measurements counting less with each new one; of the largest ones alone: a short
+step or copy is mostly what it costs to begin at all, which is paid either way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ MARGIN = 1.25
 """Bringing back must be so many times as fast: both are estimates, and a wrong guess costs a wait."""
 _KEPT = 0.9
 """Of an older measurement's weight, with each new one."""
+_PATIENCE = 32
+"""Smaller copies in a row, after which the larger ones before them are of the past."""
 _STALE_S = 300.0
 """A rate that was refused by for so long is measured once more: the disk may have had other work."""
 
@@ -49,17 +52,48 @@ class Line:
 
 
 @dataclass(slots=True)
+class Largest:
+    """Which sizes count: those of at least a quarter, about, of the largest; after `patience` smaller ones these do."""
+
+    patience: int | None = None
+    bits: int = 0
+    passed_over: int = 0
+
+    def grows(self, size: int) -> bool:
+        """Whether what was measured so far counts no more."""
+        bits = size.bit_length()
+        if bits > self.bits or (self.passed_over == self.patience and not self.counts(size)):
+            self.bits, self.passed_over = bits, 0
+            return True
+        return False
+
+    def counts(self, size: int) -> bool:
+        return size.bit_length() >= self.bits - 1
+
+    def takes(self, size: int) -> bool:
+        if not self.counts(size):
+            self.passed_over += 1
+            return False
+        self.passed_over = 0
+        return True
+
+
+@dataclass(slots=True)
 class Rate:
     """Seconds a byte."""
 
     seconds: float = 0.0
     nbytes: float = 0.0
     at_s: float = 0.0
+    largest: Largest = field(default_factory=lambda: Largest(_PATIENCE))
 
     def add(self, nbytes: int, seconds: float, now_s: float) -> None:
-        self.seconds = self.seconds * _KEPT + seconds
-        self.nbytes = self.nbytes * _KEPT + nbytes
         self.at_s = now_s
+        if self.largest.grows(nbytes):
+            self.seconds = self.nbytes = 0.0
+        if self.largest.takes(nbytes):
+            self.seconds = self.seconds * _KEPT + seconds
+            self.nbytes = self.nbytes * _KEPT + nbytes
 
 
 @dataclass(slots=True)
@@ -69,11 +103,15 @@ class Gate:
     forced: bool | None = None
     counts: Counter[str] = field(default_factory=Counter)
     _compute: Line = field(default_factory=Line)
+    _largest: Largest = field(default_factory=Largest)
     _rates: dict[Source, Rate] = field(default_factory=dict)
 
     def computed(self, start: int, count: int, seconds: float) -> None:
         """A step computed `count` tokens of one sequence from position `start` on."""
-        self._compute.add(start + count / 2, seconds / count, count)
+        if self._largest.grows(count):
+            self._compute = Line()
+        if self._largest.takes(count):
+            self._compute.add(start + count / 2, seconds / count, count)
 
     def loaded(self, source: Source, nbytes: int, seconds: float, now_s: float) -> None:
         self._rates.setdefault(source, Rate()).add(nbytes, seconds, now_s)

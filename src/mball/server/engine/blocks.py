@@ -42,7 +42,7 @@ class BlockAllocator:
         if count > self.num_free:
             raise ValueError(f"{count} KV blocks wanted, {self.num_free} free of {self.num_blocks - 1}")
         if count > len(self._free):
-            self._evict(max(count - len(self._free), self.num_blocks // _EVICTED_SHARE))
+            self.evict(max(count - len(self._free), self.num_blocks // _EVICTED_SHARE))
         blocks = [heapq.heappop(self._free) for _ in range(count)]
         for block in blocks:
             self._users[block] = 1
@@ -110,7 +110,7 @@ class BlockAllocator:
             raise ValueError(f"{num_blocks} KV blocks: {self.num_used} are in use")
         surplus = self.num_used + self.shelf.num_unpinned - (num_blocks - 1)
         if surplus > 0:
-            self._evict(surplus)
+            self.evict(surplus)
         taken = [block for block in range(1, self.num_blocks) if self._users[block] or block in self._named]
         kept = set(taken)
         self.num_blocks = num_blocks
@@ -125,7 +125,8 @@ class BlockAllocator:
             self._named[target] = held
         return target
 
-    def _evict(self, count: int) -> None:
+    def evict(self, count: int) -> None:
+        """The `count` least valuable of those that are kept go, or all."""
         gone: list[Held] = []
         while len(gone) < count and (held := self.shelf.pop()) is not None:
             del self._named[held.place]

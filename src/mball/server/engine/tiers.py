@@ -11,11 +11,11 @@ from mball.device.host import available_bytes
 from mball.memory.spec import WorkerSpec
 from mball.server.engine.kv_cache import KVGeometry
 from mball.swap.kv_tier import KVTier
-from mball.units import GiB
+from mball.units import MiB
 
-_MOST_BYTES = 1 * GiB
-_SHARE = 16
-"""Of the host's free memory, where nothing is said, at most so many-th."""
+_MOST_BYTES = 512 * MiB
+_SHARE = 32
+"""Of the host's free memory, where nothing is said, at most so many-th: every model's worker pins as much."""
 
 
 def open_tier(
