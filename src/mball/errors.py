@@ -33,8 +33,10 @@ MballError
 ├── EngineUnsupported               an engine that isn't there, or of a version that MBALL doesn't know
 ├── RequestError                    a request can't be served; carries an HTTP status and an OpenAI code
 │   ├── InvalidRequest (400)  ├── UnknownModel (404)  ├── PayloadTooLarge (413)
+│   ├── Unauthorized (401)  ├── Forbidden (403)
 │   └── Unavailable (503, with retry_after_s)
-│       ├── ModelDoesNotFit  ├── ModelFailed  ├── QueueFull  ├── QueueTimeout  └── Draining
+│       ├── ModelDoesNotFit  ├── ModelFailed  ├── QueueFull  ├── QueueTimeout  ├── Draining
+│       └── RateLimited (429)
 ├── SourceUnavailable               a package that ships a model's files can't be had
 ├── ModelMakingFailed               a model's files could not be made from their source
 └── Cancelled                       the caller gave up; nothing was kept
@@ -299,6 +301,20 @@ class PayloadTooLarge(InvalidRequest):
     code = "payload_too_large"
 
 
+class Unauthorized(InvalidRequest):
+    """No API key came with the request, or one that is not known."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(InvalidRequest):
+    """The API key is known, and may not do that."""
+
+    status = 403
+    code = "forbidden"
+
+
 class Unavailable(RequestError):
     """The request is right but cannot be served now. `retry_after_s` is None where trying again will not help."""
 
@@ -338,3 +354,11 @@ class Draining(Unavailable):
     """The server is shutting down."""
 
     code = "shutting_down"
+
+
+class RateLimited(Unavailable):
+    """The API key's limits are reached."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"

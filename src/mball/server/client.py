@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,12 +24,22 @@ class ServerRefused(MballError):
     """The server answered with an error."""
 
 
+def key_headers() -> dict[str, str]:
+    """With the API key that the environment's MBALL_API_KEY names, where it does."""
+    key = os.environ.get("MBALL_API_KEY")
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
 class Client:
     """Raises ServerUnreachable or ServerRefused from every call."""
 
     def __init__(self, url: str = DEFAULT_URL) -> None:
         self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, timeout=httpx.Timeout(_PROBE_TIMEOUT_S, read=_ANSWER_TIMEOUT_S))
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers=key_headers(),
+            timeout=httpx.Timeout(_PROBE_TIMEOUT_S, read=_ANSWER_TIMEOUT_S),
+        )
 
     def __enter__(self) -> Client:
         return self

@@ -121,6 +121,27 @@ class ModelConfig(BaseModel):
         return data
 
 
+class LimitsConfig(BaseModel):
+    """What one key may ask for."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
+
+    max_in_flight: int | None = Field(default=None, ge=1, description="Requests at once, those that wait too.")
+    requests_per_minute: int | None = Field(default=None, ge=1, description="Requests begun within a minute.")
+
+
+class KeyConfig(BaseModel):
+    """A key that clients send; `mball keys new NAME` makes one."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1, description="Whose it is; it stands in logs.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of the key, which itself is written nowhere.")
+    admin: bool = Field(default=False, description="May move models and see the state: `/mball/…`.")
+    models: tuple[str, ...] = Field(default=(), description="For these models alone; by default for all.")
+    limits: LimitsConfig = LimitsConfig()
+
+
 class SwapConfig(BaseModel):
     """A store on a disk for weights and KV that leave memory."""
 
@@ -179,6 +200,9 @@ class Config(BaseSettings):
     threads: int = Field(
         default=2, ge=1, description="Compute threads per worker on the CPU, where no other computes beside it."
     )
+    api_keys: tuple[KeyConfig, ...] = Field(
+        default=(), description="Who may ask; without any whoever reaches the address may, and move models too."
+    )
     max_body_bytes: ConfigSize = Field(default=16 * MiB, description="The largest request body.")
     max_queue: int = Field(default=1024, ge=1, description="Requests that may wait for their models, in all.")
     queue_timeout_s: Seconds = Field(default=600.0, description="How long a request may wait for its model.")
@@ -213,6 +237,9 @@ class Config(BaseSettings):
     @model_validator(mode="after")
     def _names_are_unique(self) -> Config:
         seen: set[str] = set()
+        for key in self.api_keys:
+            if strange := set(key.models) - {model.name for model in self.models}:
+                raise ValueError(f"the key {key.name!r} is for {', '.join(sorted(strange))}: no model is called so")
         for model in self.models:
             if model.name in seen:
                 raise ValueError(f"two models are called {model.name!r}: give one of them another name")

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive
 
-from mball.errors import InvalidRequest, MballError, PayloadTooLarge, RequestError, Unavailable
+from mball.errors import InvalidRequest, MballError, PayloadTooLarge, RequestError, Unauthorized, Unavailable
 from mball.units import format_bytes
 
 _log = structlog.get_logger(__name__)
@@ -93,6 +93,8 @@ def error_response(error: Exception) -> JSONResponse:
     if isinstance(error, PayloadTooLarge):
         # Else the rest of the body is read and thrown away for as long as it comes.
         headers["connection"] = "close"
+    if isinstance(error, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
     status = error.status if isinstance(error, RequestError) else 500
     return JSONResponse(error_body(error), status_code=status, headers=headers)
 

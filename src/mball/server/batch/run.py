@@ -15,7 +15,7 @@ import aiohttp
 
 from mball.server.batch import lines
 from mball.server.batch.lines import Answers, BadLine, Place, Request
-from mball.server.client import ServerUnreachable
+from mball.server.client import ServerUnreachable, key_headers
 
 _CONNECT_TIMEOUT_S = 10.0
 _BUSY = frozenset({429, 502, 503, 504})
@@ -66,7 +66,9 @@ async def run_batch(
         descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
         try:
             connector = aiohttp.TCPConnector(limit=0)  # the workers are the bound
-            async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
+            async with aiohttp.ClientSession(
+                url, headers=key_headers(), timeout=timeout, connector=connector
+            ) as session:
                 batch = _Batch(session, url, descriptor, answers, failures, tally, attempts, progress)
                 await batch.work(iter(index.places), concurrency)
         finally:

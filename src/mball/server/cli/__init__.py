@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mball import __version__
 from mball.errors import MballError
-from mball.server.cli import chat, operate, serve, swap, tools
+from mball.server.cli import chat, keys, operate, serve, swap, tools
 
 app = typer.Typer(
     name="mball",
@@ -40,6 +40,7 @@ serve.add_to(app)
 operate.add_to(app)
 chat.add_to(app)
 swap.add_to(app)
+keys.add_to(app)
 tools.add_to(app)
 
 

@@ -51,6 +51,11 @@ def serve(
     sock = socket.socket(fileno=fd) if fd is not None else run.bind(loaded.host, loaded.port)
     address = sock.getsockname()
     names = ", ".join(model.name for model in loaded.models)
+    if not loaded.api_keys and loaded.host not in ("127.0.0.1", "::1", "localhost"):
+        typer.echo(
+            f"mball: whoever reaches {loaded.host} may ask, and move models: set `api_keys` (`mball keys new NAME`)",
+            file=sys.stderr,
+        )
     typer.echo(f"MBALL serves {names} on http://{address[0]}:{address[1]}/v1", file=sys.stderr)
     run.serve(loaded, sock)
 

@@ -17,6 +17,7 @@ from mball.memory.manager import Manager
 from mball.server import http
 from mball.server.config import Config
 from mball.server.gateway import admin
+from mball.server.gateway.access import Access, Key, Limits
 from mball.server.gateway.proxy import Forward, Workers
 from mball.server.gateway.requests import read_call
 
@@ -44,7 +45,21 @@ def create_app(manager: Manager, config: Config) -> FastAPI:
     app.include_router(_openai(manager, workers, config))
     app.include_router(_probes(manager))
     app.include_router(admin.router(manager))
+    app.add_middleware(Access, keys=_keys(config))
     return app
+
+
+def _keys(config: Config) -> list[Key]:
+    return [
+        Key(
+            key.name,
+            key.sha256,
+            admin=key.admin,
+            models=frozenset(key.models),
+            limits=Limits(key.limits.max_in_flight, key.limits.requests_per_minute),
+        )
+        for key in config.api_keys
+    ]
 
 
 def _openai(manager: Manager, workers: Workers, config: Config) -> APIRouter:
@@ -53,8 +68,11 @@ def _openai(manager: Manager, workers: Workers, config: Config) -> APIRouter:
 
     async def forward(request: Request) -> Response:
         call = await read_call(request, config.max_body_bytes)
+        key: Key = request.state.key
+        key.check_model(call.model)
         return Forward(
             call,
+            key,
             request.url.path,
             manager,
             workers,
@@ -69,12 +87,13 @@ def _openai(manager: Manager, workers: Workers, config: Config) -> APIRouter:
         return {"id": name, "object": "model", "created": started, "owned_by": "mball"}
 
     @router.get("/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card(name) for name in manager.names()]}
+    async def models(request: Request) -> dict[str, Any]:
+        names = filter(request.state.key.may_use, manager.names())
+        return {"object": "list", "data": [card(name) for name in names]}
 
     @router.get("/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        if name not in manager.names():
+    async def model(name: str, request: Request) -> dict[str, Any]:
+        if name not in manager.names() or not request.state.key.may_use(name):
             raise UnknownModel(f"the model {name!r} is not served here (see GET /v1/models)", param="model")
         return card(name)
 

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from mball.errors import MballError, Unavailable
 from mball.memory.manager import Manager
+from mball.server.gateway.access import Key
 from mball.server.gateway.requests import Call
 from mball.server.http import ClientLeft, error_body, unless_disconnected
 
@@ -55,10 +56,19 @@ class Forward(Response):
     """
 
     def __init__(
-        self, call: Call, path: str, manager: Manager, workers: Workers, *, queue_timeout_s: float, timeout_s: float
+        self,
+        call: Call,
+        key: Key,
+        path: str,
+        manager: Manager,
+        workers: Workers,
+        *,
+        queue_timeout_s: float,
+        timeout_s: float,
     ) -> None:
         super().__init__()
         self._call = call
+        self._key = key
         self._path = path
         self._manager = manager
         self._workers = workers
@@ -67,7 +77,8 @@ class Forward(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(ClientLeft):
-            await unless_disconnected(self._serve(send), receive)
+            async with self._key.request():
+                await unless_disconnected(self._serve(send), receive)
 
     async def _serve(self, send: Send) -> None:
         answer = _Answer(send, self._call.stream)

@@ -1,0 +1,142 @@
+"""Who may ask for what: a key on every route but the probes, once there are keys.
+
+A key is 32 random bytes, so its SHA-256 says nothing of it and needs no slow hash; the configuration holds that alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from mball.errors import Forbidden, RateLimited, Unauthorized, UnknownModel
+from mball.server.http import error_response
+
+PUBLIC_PATHS = frozenset({"/health", "/ready"})
+"""Open to everybody: a probe of an orchestrator has no key, and learns nothing of the models."""
+
+ADMIN_PREFIX = "/mball/"
+_PREFIX = "mb-"
+_MINUTE_S = 60.0
+
+
+def new_key() -> tuple[str, str]:
+    """A key and its SHA-256 in hexadecimal."""
+    key = _PREFIX + secrets.token_urlsafe(32)
+    return key, digest(key.encode())
+
+
+def digest(key: bytes) -> str:
+    return hashlib.sha256(key).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one key: requests under way, waiting ones too, and begun within a minute. None: no limit."""
+
+    max_in_flight: int | None = None
+    requests_per_minute: int | None = None
+
+
+class Key:
+    """One who may ask. `models`: for these alone (none: for all). `admin`: may move models, and see what is decided."""
+
+    def __init__(
+        self,
+        name: str,
+        sha256: str,
+        *,
+        admin: bool = False,
+        models: frozenset[str] = frozenset(),
+        limits: Limits | None = None,
+    ) -> None:
+        self.name = name
+        self.sha256 = sha256
+        self.admin = admin
+        self.models = models
+        self._limits = limits or Limits()
+        self._in_flight = 0
+        self._tokens = float(self._limits.requests_per_minute or 0)
+        self._at_s = time.monotonic()
+
+    def may_use(self, model: str) -> bool:
+        return not self.models or model in self.models
+
+    def check_model(self, model: str) -> None:
+        """Raises UnknownModel: a model that a key may not use is not there for it."""
+        if not self.may_use(model):
+            raise UnknownModel(f"the model {model!r} is not served here (see GET /v1/models)", param="model")
+
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[None]:
+        """Counts one as under way. Raises RateLimited."""
+        limits = self._limits
+        if limits.max_in_flight is not None and self._in_flight >= limits.max_in_flight:
+            raise RateLimited(f"{limits.max_in_flight} requests with this key are under way", retry_after_s=1.0)
+        if limits.requests_per_minute is not None:
+            self._take(limits.requests_per_minute, time.monotonic())
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+
+    def _take(self, per_minute: int, now_s: float) -> None:
+        self._tokens = min(per_minute, self._tokens + (now_s - self._at_s) * per_minute / _MINUTE_S)
+        self._at_s = now_s
+        if self._tokens < 1:
+            wait_s = (1 - self._tokens) * _MINUTE_S / per_minute
+            raise RateLimited(f"{per_minute} requests a minute are allowed with this key", retry_after_s=wait_s)
+        self._tokens -= 1
+
+
+NOBODY = Key("", "", admin=True)
+"""Whoever comes where there are no keys."""
+
+
+class Access:
+    """ASGI middleware before every route. What it lets in has the key in `scope["state"]["key"]`."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[Key]) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            key = self._admit(scope["path"], Headers(scope=scope))
+        except (Unauthorized, Forbidden) as error:
+            await error_response(error)(scope, receive, send)
+            return
+        scope.setdefault("state", {})["key"] = key
+        await self._app(scope, receive, send)
+
+    def _admit(self, path: str, headers: Headers) -> Key:
+        if not self._keys or path in PUBLIC_PATHS:
+            return NOBODY
+        key = self._find(headers)
+        if key is None:
+            raise Unauthorized("no valid API key: send it as `Authorization: Bearer KEY` (`mball keys new` makes one)")
+        if path.startswith(ADMIN_PREFIX) and not key.admin:
+            raise Forbidden(f"the key {key.name!r} may not administer the server; one with `admin: true` may")
+        return key
+
+    def _find(self, headers: Headers) -> Key | None:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            given = headers.get("x-api-key", "")
+        found, wanted = None, digest(given.strip().encode())
+        # All are compared, whichever it is: the time tells nothing of where it stands, or how far it agrees.
+        for key in self._keys:
+            if hmac.compare_digest(key.sha256, wanted):
+                found = key
+        return found

@@ -1,0 +1,149 @@
+"""Keys: nothing without one, nothing that it may not do, and no more of it than its limits."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from mball.errors import ConfigError, RateLimited
+from mball.server.cli import app
+from mball.server.config import load_config
+from mball.server.gateway.access import PUBLIC_PATHS, Key, Limits, digest, new_key
+from mball.server.gateway.app import create_app
+from tests.fake_worker import Knobs
+from tests.memory.conftest import model
+from tests.server.gateway.conftest import Start
+from tests.server.gateway.test_app import CHAT, body, error_of
+
+USER, ADMIN = new_key()[0], new_key()[0]
+
+
+def entry(key: str, name: str, **fields: Any) -> dict[str, Any]:
+    return {"name": name, "sha256": digest(key.encode()), **fields}
+
+
+KEYS = [entry(USER, "user"), entry(ADMIN, "operator", admin=True)]
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+async def test_without_keys_whoever_reaches_the_address_may(gateway: Start) -> None:
+    running = await gateway(model("a"))
+    async with running.http.get(f"{running.url}/mball/v1/state") as response:
+        assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        bearer("mb-wrong"),
+        bearer(""),
+        {"authorization": f"Basic {USER}"},
+        {"authorization": USER},
+        {"x-api-key": "mb-wrong"},
+        bearer(digest(USER.encode())),
+        bearer(f"{USER}x"),
+    ],
+)
+async def test_no_route_but_the_probes_answers_without_a_key(gateway: Start, headers: dict[str, str]) -> None:
+    running = await gateway(model("a"), api_keys=KEYS)
+    paths = list(create_app(running.manager, load_config()).openapi()["paths"])
+    assert len(paths) > 10
+    for path in [*paths, "/openapi.json", "/nothing"]:
+        for method in ("GET", "POST"):
+            async with running.http.request(method, running.url + path, headers=headers) as response:
+                if path in PUBLIC_PATHS:
+                    assert response.status != 401
+                    continue
+                assert response.status == 401, path
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert (await error_of(response))["code"] == "invalid_api_key"
+
+
+async def test_a_key_comes_as_openai_s_clients_or_as_anthropic_s_send_it(gateway: Start) -> None:
+    running = await gateway(model("a"), api_keys=KEYS)
+    for headers in (bearer(USER), {"authorization": f"bearer {USER}"}, {"x-api-key": USER}):
+        async with running.http.post(running.url + CHAT, data=body("a"), headers=headers) as response:
+            assert response.status == 200
+
+
+async def test_moving_models_takes_an_operator_s_key(gateway: Start) -> None:
+    running = await gateway(model("a"), api_keys=KEYS)
+    for path in ("/mball/v1/state", "/mball/v1/models/a", "/mball/v1/nothing"):
+        async with running.http.get(running.url + path, headers=bearer(USER)) as response:
+            assert response.status == 403
+            assert (await error_of(response))["code"] == "forbidden"
+    async with running.http.post(f"{running.url}/mball/v1/models/a/load", headers=bearer(USER)) as response:
+        assert response.status == 403
+    assert running.state("a")["starts"] == 0
+    async with running.http.get(f"{running.url}/mball/v1/state", headers=bearer(ADMIN)) as response:
+        assert response.status == 200
+
+
+async def test_models_that_a_key_is_not_for_are_not_there(gateway: Start) -> None:
+    keys = [entry(USER, "user", models=["a"])]
+    running = await gateway(model("a"), model("b"), models=[{"path": "/m/a"}, {"path": "/m/b"}], api_keys=keys)
+    async with running.http.get(f"{running.url}/v1/models", headers=bearer(USER)) as response:
+        assert [card["id"] for card in (await response.json())["data"]] == ["a"]
+    async with running.http.get(f"{running.url}/v1/models/b", headers=bearer(USER)) as response:
+        assert response.status == 404
+    async with running.http.post(running.url + CHAT, data=body("b"), headers=bearer(USER)) as response:
+        assert response.status == 404
+        assert (await error_of(response))["code"] == "model_not_found"
+    assert running.state("b")["starts"] == 0
+
+
+async def test_requests_over_a_key_s_limit_are_told_when_to_come_again(gateway: Start) -> None:
+    limits = {"max_in_flight": 1}
+    running = await gateway(model("a", Knobs(token_s=0.5)), api_keys=[entry(USER, "user", limits=limits), *KEYS[1:]])
+    first = asyncio.create_task(running.http.post(running.url + CHAT, data=body("a"), headers=bearer(USER)))
+    await running.until(lambda: running.state("a")["in_flight"] == 1)
+    async with running.http.post(running.url + CHAT, data=body("a"), headers=bearer(USER)) as response:
+        assert response.status == 429
+        assert int(response.headers["retry-after"]) >= 1
+        assert (await error_of(response))["type"] == "rate_limit_error"
+    async with running.http.post(running.url + CHAT, data=body("a"), headers=bearer(ADMIN)) as response:
+        assert response.status == 200
+    assert (await first).status == 200
+    async with running.http.post(running.url + CHAT, data=body("a"), headers=bearer(USER)) as response:
+        assert response.status == 200
+
+
+async def test_a_minute_s_requests_come_back_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("mball.server.gateway.access.time.monotonic", lambda: now)
+    key = Key("k", "", limits=Limits(requests_per_minute=30))
+    for _ in range(30):
+        async with key.request():
+            pass
+    with pytest.raises(RateLimited) as refused:
+        async with key.request():
+            pass
+    assert refused.value.retry_after_s == pytest.approx(2.0)
+    now += 2.0
+    async with key.request():
+        pass
+    with pytest.raises(RateLimited):
+        async with key.request():
+            pass
+
+
+def test_a_key_that_is_made_is_let_in_and_stands_nowhere_in_the_config() -> None:
+    result = CliRunner().invoke(app, ["keys", "new", "ops", "--admin"])
+    assert result.exit_code == 0
+    key = result.stderr.rsplit(maxsplit=1)[-1]
+    assert key not in result.stdout
+    [made] = yaml.safe_load(result.stdout)["api_keys"]
+    assert made == {"name": "ops", "sha256": digest(key.encode()), "admin": True}
+
+
+def test_a_key_for_a_model_that_is_not_served_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no model is called so"):
+        load_config(None, {"models": [{"path": "/m/a"}], "api_keys": [entry(USER, "user", models=["b"])]})
