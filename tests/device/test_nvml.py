@@ -129,8 +129,11 @@ def test_strangers_are_named_and_what_none_is_seen_to_hold_is_hidden(install: In
 
 def test_what_a_worker_has_forked_is_ours(install: Install, other: int) -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    install(Card("GPU-a", used_bytes=3 * GiB, processes={child.pid: 3 * GiB}))
+    install(Card("GPU-a", used_bytes=4 * GiB, processes={child.pid: 3 * GiB, other: 1 * GiB}))
     leader = os.getsid(child.pid)
+    assert open_device("cuda").process_bytes(leader) == 3 * GiB
+    assert open_device("cuda").process_bytes(child.pid) == 3 * GiB
+    install(Card("GPU-a", used_bytes=3 * GiB, processes={child.pid: 3 * GiB}))
     assert open_device("cuda").foreign({leader: 1 * GiB}) == Foreign()
     assert open_device("cuda").foreign({other: 0}).nbytes == 3 * GiB
     child.communicate(b"\n")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from vllm import _custom_ops
 from vllm.config import set_current_vllm_config
+from vllm.config.load import LoadConfig
 from vllm.distributed import init_distributed_environment
 from vllm.distributed.parallel_state import destroy_model_parallel, ensure_model_parallel_initialized
 from vllm.engine.arg_utils import EngineArgs
@@ -31,21 +32,20 @@ utils.check_cpu_sgl_kernel = lambda *shape: False
 torch.accelerator.empty_cache = lambda: None
 
 
-def load(folder: Path, load_format: str) -> dict[str, torch.Tensor]:
+def config_of(folder: Path) -> Any:
     arguments = EngineArgs(
-        model=str(folder),
-        load_format=load_format,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        max_model_len=64,
-        kv_cache_memory_bytes=1 << 24,
+        model=str(folder), skip_tokenizer_init=True, enforce_eager=True, max_model_len=64, kv_cache_memory_bytes=1 << 24
     )
-    config = arguments.create_engine_config()
+    return arguments.create_engine_config()
+
+
+def load(config: Any, load_format: str) -> dict[str, torch.Tensor]:
     with set_current_vllm_config(config):
-        # A model of experts has one group more.
+        # A model of experts has one group more, and layers are known by their names.
         destroy_model_parallel()
         ensure_model_parallel_initialized(1, 1)
-        model = get_model(vllm_config=config)
+        config.compilation_config.static_forward_context.clear()
+        model = get_model(vllm_config=config, load_config=LoadConfig(load_format=load_format))
     return {name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
@@ -61,13 +61,14 @@ def main() -> None:
     vllm_format.read = counted
     logging.getLogger("mball").setLevel(logging.INFO)
     told: dict[str, Any] = {}
-    with set_current_vllm_config(EngineArgs(model=sys.argv[2], skip_tokenizer_init=True).create_engine_config()):
+    with set_current_vllm_config(config_of(Path(sys.argv[2]))):
         init_distributed_environment(1, 0, f"file://{sys.argv[1]}/rendezvous", 0, "gloo")
     for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir()):
         reads.clear()
-        ours = load(folder, "mball")
+        config = config_of(folder)
+        ours = load(config, "mball")
         by = sorted(reads)
-        theirs = load(folder, "auto")
+        theirs = load(config, "auto")
         differ = [name for name in theirs if name not in ours or not torch.equal(ours[name], theirs[name])]
         nbytes = sum(tensor.nbytes for tensor in theirs.values())
         told[folder.name] = {

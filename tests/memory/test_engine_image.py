@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -50,8 +51,8 @@ class Memory:
         for number, pages in enumerate(self.pages):
             ctypes.memset(pages.address, number + 1, pages.nbytes)
 
-    def enter(self) -> None:
-        pass
+    def entered(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def segments(self) -> Mapping[int, int]:
         return {pages.address: pages.nbytes for pages in self.pages}
@@ -171,17 +172,29 @@ def test_memory_that_is_to_go_waits_for_the_filling(memory: Memory, image_fd: in
     assert memory.content() == before
 
 
-def test_an_image_is_let_go_but_not_while_the_weights_are_nowhere_else(memory: Memory, image_fd: int) -> None:
+def test_an_image_that_is_let_go_leaves_nothing_registered(memory: Memory, image_fd: int) -> None:
     vault = Vault(memory)
     filled(vault, image_fd)
-    vault.put_away(memory.segments())
-    with pytest.raises(TransitionError, match="in the image alone"):
-        vault.drop()
-    swap(vault, memory)
     assert memory.runtime.registered
-    vault.drop()
+    assert not vault.drop()
     assert not memory.runtime.registered
     assert vault.filling is None
+
+
+def test_with_an_image_go_weights_that_are_in_it_alone_but_for_those_still_wanted(
+    memory: Memory, image_fd: int
+) -> None:
+    before, vault = memory.content(), Vault(memory)
+    filled(vault, image_fd)
+    vault.put_away(memory.segments())
+    wanted = memory.pages[1]
+    assert vault.drop([wanted.address + PIECE_BYTES + 5])
+    os.ftruncate(image_fd, 0)
+    swap(vault, memory)
+    begin, end = SIZES[0], SIZES[0] + SIZES[1]
+    assert memory.content()[begin:end] == before[begin:end]
+    assert not any(memory.content()[:begin])
+    assert not any(memory.content()[end:])
 
 
 def test_a_filling_that_is_not_wanted_ends_and_leaves_nothing(memory: Memory, image_fd: int) -> None:

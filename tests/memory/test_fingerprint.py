@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mball.memory.fingerprint import fingerprint
+from mball.memory.fingerprint import fingerprint, fingerprint_of
 
 WORDS = 70_000
 """More than a chunk."""
@@ -45,3 +45,22 @@ def test_the_highest_bits_alone_have_places_too() -> None:
 
 def test_zeros_are_told_by_their_number() -> None:
     assert len({taken(torch.zeros(n, dtype=torch.int64)) for n in range(1, 9)}) == 8
+
+
+def test_tensors_of_any_dtype_and_shape() -> None:
+    def tensors() -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        odd = torch.randint(0, 255, (13,), dtype=torch.uint8, generator=generator)
+        wide = torch.randn(7, 11, dtype=torch.bfloat16, generator=generator).t()
+        return [odd, wide, torch.zeros(3), torch.empty(0)]
+
+    first = fingerprint_of(tensors())
+    assert fingerprint_of(tensors()) == first
+    assert fingerprint_of([*tensors(), *tensors()]) != first
+    for number, place in ((0, 12), (0, 0), (1, 76), (2, 2)):
+        changed = tensors()
+        changed[number].untyped_storage()[place * changed[number].itemsize] ^= 1
+        assert fingerprint_of(changed) != first
+    same = tensors()
+    assert fingerprint_of([*same, same[1].view(77) if same[1].is_contiguous() else same[1]]) == first
+    assert fingerprint_of([]) == 0

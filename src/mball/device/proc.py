@@ -24,14 +24,20 @@ def session(pid: int) -> int | None:
 
 
 def family(pid: int) -> list[int]:
-    """The process and all that descend from it, as far as they live."""
-    found = [pid]
-    for parent in found:
-        for tasks in (PROC / str(parent) / "task").glob("*/children"):
-            # A thread, or the whole process, may end meanwhile.
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                found += [int(child) for child in tasks.read_text().split()]
+    """The process and all that descend from it, as far as they live. Its own children are those of its first thread:
+    to look at every thread of every worker would keep a core busy."""
+    found = [pid, *_children(PROC / str(pid) / "task" / str(pid))]
+    for parent in found[1:]:
+        for task in (PROC / str(parent) / "task").glob("*"):
+            found += _children(task)
     return found
+
+
+def _children(task: Path) -> list[int]:
+    # A thread, or the whole process, may end meanwhile.
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return [int(child) for child in (task / "children").read_text().split()]
+    return []
 
 
 def command_name(pid: int) -> str:

@@ -6,11 +6,12 @@ so nothing has to be copied when that memory is given up, and it comes back by c
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,8 +32,8 @@ class EngineMemory(Protocol):
     def runtime(self) -> Runtime:
         """Registers host memory that is copied to and from."""
 
-    def enter(self) -> None:
-        """The calling thread uses it from now on."""
+    def entered(self) -> AbstractContextManager[None]:
+        """Inside, the calling thread uses it."""
 
     def segments(self) -> Mapping[int, int]:
         """Bytes of the weights by address, whole pages, as far as there is memory behind them."""
@@ -70,10 +71,10 @@ class EngineImage:
     def fill(cls, memory: EngineMemory, fd: int, offset: int, cancel: threading.Event) -> EngineImage:
         """Beside an engine that computes. Raises Cancelled, TransitionError, RegistrationFailed, DeviceError,
         OSError."""
-        memory.enter()
         there = dict(memory.segments())
         # Before they are copied: what changes meanwhile has another fingerprint when it is compared.
-        prints = memory.fingerprints(there)
+        with memory.entered():
+            prints = memory.fingerprints(there)
         segments: dict[int, Kept] = {}
         for address, nbytes in there.items():
             segments[address] = Kept(nbytes, offset, prints[address])
@@ -89,8 +90,8 @@ class EngineImage:
                 if cancel.is_set():
                     raise Cancelled("the image is not wanted any more")
                 address, position, nbytes = piece
-                memory.enter()
-                memory.save(pages.pin(position), address, nbytes)
+                with memory.entered():
+                    memory.save(pages.pin(position), address, nbytes)
 
             with ThreadPoolExecutor(host_threads(), thread_name_prefix="mball-image") as pool:
                 for done in [pool.submit(save, piece) for piece in _pieces(segments)]:
@@ -103,6 +104,11 @@ class EngineImage:
         """Begin to copy a segment back. Raises RegistrationFailed, DeviceError, OSError."""
         for at, position, nbytes in _pieces({address: self.segments[address]}):
             memory.load(at, self._pages.pin(position), nbytes)
+
+    def read(self, address: int, target: int) -> None:
+        """Copy a segment to other memory of the host. Raises OSError."""
+        for at, position, nbytes in _pieces({address: self.segments[address]}):
+            ctypes.memmove(target + at - address, self._pages.pin(position), nbytes)
 
     def close(self) -> None:
         """No copy is under way. Idempotent."""
@@ -162,32 +168,43 @@ class Vault:
     def filling(self) -> Filling | None:
         return self._filling
 
-    def drop(self) -> None:
-        """Ends a filling, and lets go of the image. Raises TransitionError while weights are nowhere else."""
-        if self._from_image:
-            raise TransitionError("the weights are in the image alone")
-        filling, self._filling = self._filling, None
-        if filling is not None:
-            filling.cancel.set()
-            filling.settle()
-            if filling.image is not None:
-                filling.image.close()
+    def drop(self, still_wanted: Collection[int] = ()) -> bool:
+        """Ends a filling, and lets go of the image. Whether weights are lost by it: those that are in it alone, but for
+        the segments that addresses of `still_wanted` lie in. Raises TransitionError."""
+        filling = self._filling
+        if filling is None:
+            return False
+        filling.cancel.set()
+        filling.settle()
+        image, self._filling = filling.image, None
+        if image is None:
+            return False
+        for address in self._from_image:
+            nbytes = image.segments[address].nbytes
+            if any(address <= wanted < address + nbytes for wanted in still_wanted):
+                self._aside[address] = mapping.Mapping(nbytes)
+                image.read(address, self._aside[address].address)
+        lost = bool(self._from_image)
+        self._from_image = set()
+        image.close()
+        return lost
 
     def put_away(self, segments: Mapping[int, int]) -> int:
         """What is not in the image, or was changed since it was made, is copied out: so many bytes."""
         memory, image = self._memory, self._settled_image()
         known = image.segments if image is not None else {}
-        memory.enter()
         same = {a: n for a, n in segments.items() if (kept := known.get(a)) is not None and kept.nbytes == n}
-        prints = memory.fingerprints(same)
-        self._from_image = {a for a, found in prints.items() if found == known[a].fingerprint}
+        with memory.entered():
+            prints = memory.fingerprints(same)
+        self._from_image |= {a for a, found in prints.items() if found == known[a].fingerprint}
         copied = 0
-        for address in segments.keys() - self._from_image:
-            nbytes = segments[address]
-            self._aside[address] = mapping.Mapping(nbytes)
-            memory.save(self._aside[address].address, address, nbytes)
-            copied += nbytes
-        memory.finish()
+        with memory.entered():
+            for address in segments.keys() - self._from_image:
+                nbytes = segments[address]
+                self._aside[address] = mapping.Mapping(nbytes)
+                memory.save(self._aside[address].address, address, nbytes)
+                copied += nbytes
+            memory.finish()
         return copied
 
     def bring_back(self, address: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,22 @@ def fingerprint(words: Tensor) -> Tensor:
         mixed *= _MIX
         total = total * _CHAIN + mixed.sum() + chunk.numel()
     return total
+
+
+def fingerprint_of(tensors: Iterable[Tensor]) -> int:
+    """Of all the memory that these tensors lie in, in their order, whatever their dtypes and shapes."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() == 0 or storage.data_ptr() in seen:
+            continue
+        seen.add(storage.data_ptr())
+        data = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        whole = storage.nbytes() // 8 * 8
+        found.append(fingerprint(data[:whole].view(torch.int64)))
+        found.append(fingerprint(data[whole:].to(torch.int64)))
+    return int(fingerprint(torch.stack(found)).item()) if found else 0
 
 
 def _folded(words: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,8 +44,8 @@ class HostMemory:
         self.runtime = HostRuntime()
         self._segments = dict(_whole_pages(tensors))
 
-    def enter(self) -> None:
-        pass
+    def entered(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def segments(self) -> Mapping[int, int]:
         return self._segments

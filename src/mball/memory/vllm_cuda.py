@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from mball.loader import vllm_compat
 from mball.memory.engine_image import Vault
 from mball.memory.fingerprint import fingerprint
 from mball.memory.vllm_rpc import Rpc
+from mball.memory.vllm_sleeper import Sleeper, mapped
 
 
 class CumemMemory:
@@ -25,19 +27,14 @@ class CumemMemory:
         self._device = device
         self._stream: CudaStream | None = None
 
-    def enter(self) -> None:
-        self._copies().enter()
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with torch.cuda.stream(torch.cuda.current_stream(self._device)):
+            self._copies().enter()
+            yield
 
     def segments(self) -> Mapping[int, int]:
-        return self.mapped(vllm_compat.WEIGHTS_TAG)
-
-    def mapped(self, tag: str) -> dict[int, int]:
-        """Bytes by address of the allocations with a tag that have memory."""
-        return {
-            address: int(data.handle[1])
-            for address, data in self._cumem.allocations().items()
-            if data.tag == tag and not data.is_asleep
-        }
+        return mapped(self._cumem, vllm_compat.WEIGHTS_TAG)
 
     def fingerprints(self, segments: Mapping[int, int]) -> dict[int, int]:
         if not segments:
@@ -60,55 +57,13 @@ class CumemMemory:
         return self._stream
 
 
-class Sleeper:
-    """Puts one process's share of an engine to sleep and wakes it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cumem = vllm_compat.cumem()
-        self.memory = CumemMemory(self._cumem, device)
-        self.vault = Vault(self.memory)
-
-    def sleep(self, level: int) -> None:
-        """Level 1 keeps all but the KV cache; level 2 forgets the weights too. Nothing computes."""
-        forgotten = {vllm_compat.KV_TAG} if level == 1 else {vllm_compat.KV_TAG, vllm_compat.WEIGHTS_TAG}
-        awake = {a: data for a, data in self._cumem.allocations().items() if not data.is_asleep}
-        with torch.cuda.stream(torch.cuda.current_stream()):
-            self.vault.put_away({a: int(data.handle[1]) for a, data in awake.items() if data.tag not in forgotten})
-        self._unmap(awake.values())
-        torch.cuda.empty_cache()
-
-    def forget(self, tags: Collection[str]) -> None:
-        """Those with one of the tags, with what is in them. Nothing computes."""
-        torch.cuda.synchronize()
-        self._unmap(d for d in self._cumem.allocations().values() if d.tag in tags and not d.is_asleep)
-
-    def wake(self, tags: list[str] | None) -> None:
-        """Those with one of the tags (None: all), and whatever has neither of the two that may come later."""
-        later = {vllm_compat.KV_TAG, vllm_compat.WEIGHTS_TAG} - set(tags or ())
-        asleep = {
-            address: data
-            for address, data in self._cumem.allocations().items()
-            if data.is_asleep and (tags is None or data.tag not in later)
-        }
-        # The KV cache last: it is mapped while the weights are on their way.
-        for address, data in sorted(asleep.items(), key=lambda item: item[1].tag == vllm_compat.KV_TAG):
-            self._cumem.map(data.handle)
-            data.is_asleep = False
-            self.vault.bring_back(address)
-        self.vault.finish(set(asleep))
-
-    def _unmap(self, allocations: Iterable[Any]) -> None:
-        for data in allocations:
-            self._cumem.unmap(data.handle)
-            data.is_asleep = True
-
-
 class ImageBackend(vllm_compat.sleeping().base):  # type: ignore[misc]
     """In the place of vLLM's own backend."""
 
     def suspend(self, level: int = 1) -> None:
         self._state = "SUSPENDED"
         sleeper().sleep(level)
+        torch.cuda.empty_cache()
 
     def resume(self, tags: list[str] | None = None) -> None:
         self._state = "RESUMING"
@@ -116,6 +71,7 @@ class ImageBackend(vllm_compat.sleeping().base):  # type: ignore[misc]
         self._state = "RUNNING"
 
     def discard(self, tags: tuple[str, ...]) -> None:
+        torch.cuda.synchronize()
         sleeper().forget(tags)
         self._state = "SUSPENDED"
 
@@ -128,9 +84,7 @@ class CudaRpc(Rpc):
     """`worker_extension_cls`."""
 
     def mball_describe(self) -> dict[str, Any]:
-        memory = sleeper().memory
-        weights_bytes = sum(memory.segments().values())
-        kv_bytes = sum(memory.mapped(vllm_compat.KV_TAG).values())
+        weights_bytes, kv_bytes = sleeper().mapped_bytes()
         free_bytes, _ = torch.cuda.mem_get_info()
         return {
             "weights_bytes": weights_bytes,
@@ -146,7 +100,8 @@ class CudaRpc(Rpc):
 @cache
 def sleeper() -> Sleeper:
     """This process's, of the GPU that it computes on."""
-    return Sleeper(torch.device("cuda", torch.cuda.current_device()))
+    cumem = vllm_compat.cumem()
+    return Sleeper(cumem, CumemMemory(cumem, torch.device("cuda", torch.cuda.current_device())))
 
 
 class _Words:

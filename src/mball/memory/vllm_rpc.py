@@ -10,10 +10,13 @@ import gc
 import os
 from typing import TYPE_CHECKING, Any
 
-from mball.errors import TransitionError
+from mball.loader import vllm_compat
+from mball.memory.fingerprint import fingerprint_of
 
 if TYPE_CHECKING:
     from mball.memory.engine_image import Vault
+
+_WORD = (1 << 64) - 1
 
 
 class Rpc:
@@ -47,12 +50,15 @@ class Rpc:
         return {"state": "none"} if filling is None else {"state": filling.state, "error": filling.error}
 
     def mball_drop_image(self) -> dict[str, Any]:
-        """Ends a filling under way, and lets go of the image; `kept`: why it can't (None: it has)."""
-        try:
-            self.mball_vault().drop()
-        except TransitionError as error:
-            return {"kept": str(error)}
-        return {"kept": None}
+        """Ends a filling under way, and lets go of the image; `lost`: the parameters, which were in it alone. What no
+        reload of the weights makes is kept."""
+        buffers = [tensor.untyped_storage().data_ptr() for tensor in vllm_compat.model_of(self).buffers()]
+        return {"lost": self.mball_vault().drop(buffers)}
+
+    def mball_fingerprint(self) -> dict[str, Any]:
+        """Of the parameters, which are there."""
+        found = fingerprint_of(vllm_compat.model_of(self).parameters())
+        return {"fingerprint": f"{found & _WORD:016x}"}
 
     def mball_trim(self) -> None:
         """Freed memory goes back to the kernel."""

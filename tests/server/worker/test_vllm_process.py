@@ -102,12 +102,12 @@ async def test_its_life(folder: Path) -> None:
             assert (await worker.call("status", deadline_s=10))["image"]
             for epoch in (2, 3):
                 await asleep_and_back(worker, hello, held, spec, before, epoch)
-                assert_read_from_image(worker.pid, os.fstat(fd).st_ino)
+                assert image_is_mapped(worker.pid, os.fstat(fd).st_ino)
+            # It may go while the weights are in it alone: they are read again.
             await worker.call("demote", deadline_s=60, epoch=4)
-            with pytest.raises(VerbFailed, match="in the image alone"):
-                await worker.call("drop_image", deadline_s=60)
-            await worker.call("promote", deadline_s=60, epoch=4)
             await worker.call("drop_image", deadline_s=60)
+            assert not image_is_mapped(worker.pid, os.fstat(fd).st_ino)
+            await worker.call("promote", deadline_s=60, epoch=4)
         finally:
             os.close(fd)
         assert await text_of(spec.socket_path) == before
@@ -140,10 +140,10 @@ async def asleep_and_back(
     assert held() > 0.95 * WEIGHTS_BYTES
 
 
-def assert_read_from_image(pid: int, inode: int) -> None:
+def image_is_mapped(pid: int, inode: int) -> bool:
     """One of its processes has the image mapped."""
     maps = [Path(f"/proc/{member}/maps").read_text() for member in proc.family(pid)]
-    assert any(re.search(rf"\b{inode} +/memfd:smol", text) for text in maps)
+    return any(re.search(rf"\b{inode} +/memfd:smol", text) for text in maps)
 
 
 async def test_an_interpreter_without_vllm_is_refused_for_good(tmp_path: Path) -> None:

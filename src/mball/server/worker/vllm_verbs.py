@@ -67,6 +67,9 @@ class VllmVerbs:
         self._epoch = 0
         self._image = self._filling = False
         self._asleep: int | None = None
+        self._fingerprints: list[Any] = []
+        # An adapter's weights are in none of the model's files.
+        self._forgets = not any(name.replace("-", "_") == "enable_lora" for name in spec.engine_args)
 
     def table(self) -> dict[str, Handler]:
         return {
@@ -90,12 +93,19 @@ class VllmVerbs:
             if self._asleep == 1:
                 await self._client.post("/wake_up", deadline_s=MOVE_S)
             elif self._asleep == 2:
-                await self._client.post("/wake_up?tags=weights", deadline_s=MOVE_S)
-                await self._client.rpc("reload_weights", deadline_s=MOVE_S)
-                await self._client.post("/wake_up?tags=kv_cache", deadline_s=MOVE_S)
+                await self._reload()
             self._asleep = None
             took = time.perf_counter() - began
             return {"weights_bytes": self._awake.weights_bytes, "load_s": took, "total_s": took}
+
+    async def _reload(self) -> None:
+        """The weights from their files; what vLLM makes of them has to be what it was."""
+        await self._client.post("/wake_up?tags=weights", deadline_s=MOVE_S)
+        await self._client.rpc("reload_weights", deadline_s=MOVE_S)
+        found = await self._client.rpc("mball_fingerprint", deadline_s=MOVE_S)
+        if found != self._fingerprints:
+            raise TransitionError(f"{self._spec.model}: after a reload its weights are not what they were before")
+        await self._client.post("/wake_up?tags=kv_cache", deadline_s=MOVE_S)
 
     async def _demote(self, message: Message, fd: int | None) -> Message:
         """With an image nothing is copied; without one the weights are forgotten, and read again from their files."""
@@ -104,7 +114,9 @@ class VllmVerbs:
         async with self._moving:
             self._fence(message)
             # One that is being filled now is waited for by whoever puts the weights away.
-            level = 1 if self._image or self._filling else 2
+            level = 1 if self._image or self._filling or not self._forgets else 2
+            if self._forgets:
+                self._fingerprints = await self._client.rpc("mball_fingerprint", deadline_s=MOVE_S)
             before = await self._held()
             await self._client.post(f"/sleep?level={level}&mode=wait", deadline_s=MOVE_S)
             self._asleep = level
@@ -171,10 +183,12 @@ class VllmVerbs:
     async def _drop_image(self, message: Message, fd: int | None) -> Message:
         _no_descriptor(fd)
         async with self._moving:
+            if self._asleep == 1 and not self._forgets:
+                raise TransitionError("image: its adapters' weights are in it alone")
             parts = await self._client.rpc("mball_drop_image", deadline_s=MOVE_S)
-            if kept := [part["kept"] for part in parts if part["kept"] is not None]:
-                raise TransitionError(f"image: {kept[0]}")
             self._image = False
+            if any(part["lost"] for part in parts):
+                self._asleep = 2
             return {}
 
     async def _swap(self, message: Message, fd: int | None) -> Message:
