@@ -28,9 +28,11 @@ child.stdin.close()
 
 @pytest.fixture
 def tree() -> Iterator[int]:
-    """A process with a child, which a thread of it has started, below a shell; its pid."""
+    """A process with a child, which a thread of it has started, below two shells; its pid."""
     shell = subprocess.Popen(
-        ["/bin/sh", "-c", '"$0" -c "$1"; true', sys.executable, TREE], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ["/bin/sh", "-c", 'sh -c \'"$0" -c "$1"; true\' "$0" "$1"; true', sys.executable, TREE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert shell.stdout is not None
     assert shell.stdout.readline() == b"there\n"
@@ -40,7 +42,7 @@ def tree() -> Iterator[int]:
 
 def test_a_family_is_all_that_descend(tree: int) -> None:
     children = [child.pid for child in psutil.Process(tree).children(recursive=True)]
-    assert len(children) == 2
+    assert len(children) == 3
     assert sorted(proc.family(tree)) == sorted([tree, *children])
     held = proc.family_private_bytes(tree)
     assert held is not None

@@ -26,11 +26,11 @@ def session(pid: int) -> int | None:
 def family(pid: int) -> list[int]:
     """The process and all that descend from it, as far as they live. Its own children are those of its first thread:
     to look at every thread of every worker would keep a core busy."""
-    found = [pid, *_children(PROC / str(pid) / "task" / str(pid))]
-    for parent in found[1:]:
+    descendants = _children(PROC / str(pid) / "task" / str(pid))
+    for parent in descendants:
         for task in (PROC / str(parent) / "task").glob("*"):
-            found += _children(task)
-    return found
+            descendants += _children(task)
+    return [pid, *descendants]
 
 
 def _children(task: Path) -> list[int]:

@@ -6,6 +6,7 @@ tensor parallel group reads whole tensors and keeps its part, as vLLM's own form
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator
@@ -39,8 +40,10 @@ def register() -> None:
         def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
             super().load_weights(model, model_config)
             if torch.cuda.is_available():
-                # What the tensors came in is not to be counted as the engine's when KV is sized.
-                torch.cuda.empty_cache()
+                # What the tensors came in is not to be counted as the engine's when KV is sized. A torch that can't
+                # give it back while a pool is in use does so when it needs the room.
+                with contextlib.suppress(RuntimeError):
+                    torch.cuda.empty_cache()
 
         def _get_weights_iterator(self, source: Any) -> Iterator[tuple[str, Tensor]]:
             tensors = self._streamed(source)
