@@ -76,6 +76,18 @@ def test_short_steps_and_copies_say_nothing_of_long_ones() -> None:
     assert not gate.better("store", 0, 8000, GiB, NOW)
 
 
+def test_a_prompt_that_is_hardly_longer_than_a_step_is_computed() -> None:
+    """As measured on an H200: 500 tokens take 22 ms, and so does the one step after they were brought back."""
+    gate = taught(a=5e-5, b=0, rate=40 * GiB)
+    token_bytes = GiB // 8192
+    assert gate.admits("store", 0, 496, 496 * token_bytes, NOW)
+    for _ in range(50):
+        gate.computed(8000, 1, 0.022)
+    assert not gate.admits("store", 0, 496, 496 * token_bytes, NOW)
+    assert gate.admits("store", 0, 992, 992 * token_bytes, NOW)
+    assert gate.better("store", 0, 16, 16 * token_bytes, NOW), "a block is one of many"
+
+
 def test_copies_that_stay_small_count_in_the_end() -> None:
     gate = taught(rate=40 * GiB)
     for _ in range(100):

@@ -2,7 +2,8 @@
 
 Computing a token costs a + b × its position: attention reads all before it. Bringing bytes back costs in proportion.
 Both are fitted to what was seen, older measurements counting less with each new one; of the largest ones alone: a short
-step or copy is mostly what it costs to begin at all, which is paid either way.
+step or copy is mostly what it costs to begin at all, which is paid either way. But a step follows what was brought back, too:
+with it a whole beginning has to be faster than computed.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ class Gate:
     counts: Counter[str] = field(default_factory=Counter)
     _compute: Line = field(default_factory=Line)
     _largest: Largest = field(default_factory=Largest)
+    _short_s: float | None = None
     _rates: dict[Source, Rate] = field(default_factory=dict)
 
     def computed(self, start: int, count: int, seconds: float) -> None:
@@ -112,6 +114,9 @@ class Gate:
             self._compute = Line()
         if self._largest.takes(count):
             self._compute.add(start + count / 2, seconds / count, count)
+        else:
+            before_s = seconds if self._short_s is None else self._short_s
+            self._short_s = before_s * _KEPT + seconds * (1 - _KEPT)
 
     def loaded(self, source: Source, nbytes: int, seconds: float, now_s: float) -> None:
         self._rates.setdefault(source, Rate()).add(nbytes, seconds, now_s)
@@ -135,18 +140,20 @@ class Gate:
         rate = self._rates.get(source)
         return rate is not None and now_s - rate.at_s < _STALE_S
 
-    def better(self, source: Source, start: int, count: int, nbytes: int, now_s: float) -> bool:
-        """Whether these tokens' KV should come from there. What is not known is found out by trying."""
+    def better(self, source: Source, start: int, count: int, nbytes: int, now_s: float, *, whole: bool = False) -> bool:
+        """Whether these tokens' KV should come from there; `whole`: all of it that there is, before a last step. What is
+        not known is found out by trying."""
         if self.forced is not None:
             return self.forced
         compute_s, reload_s = self.recompute_s(start, count), self.reload_s(source, nbytes)
         if compute_s is None or reload_s is None or not self.knows(source, now_s):
             return True
-        return reload_s * MARGIN <= compute_s
+        last_s = (self._short_s or 0.0) if whole else 0.0
+        return (reload_s + last_s) * MARGIN <= compute_s
 
     def admits(self, source: Source, start: int, count: int, nbytes: int, now_s: float) -> bool:
-        """The same, as a decision that is counted."""
-        admitted = self.better(source, start, count, nbytes, now_s)
+        """The same of a whole beginning, as a decision that is counted."""
+        admitted = self.better(source, start, count, nbytes, now_s, whole=True)
         self.counts[f"{source}:{'admitted' if admitted else 'refused'}"] += 1
         return admitted
 

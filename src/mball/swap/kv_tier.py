@@ -175,7 +175,8 @@ class KVTier:
             count = len(keys) - len(found)
             first = depth + len(found)
             start, tokens = first * room.block_tokens, count * room.block_tokens
-            if not count or not room.gate.better("store", start, tokens, count * room.block_bytes, room.clock()):
+            nbytes = count * room.block_bytes
+            if not count or not room.gate.better("store", start, tokens, nbytes, room.clock(), whole=True):
                 if count:
                     room.gate.counts["store:refused"] += 1
                 return None
