@@ -2,8 +2,8 @@
 
 Computing a token costs a + b × its position: attention reads all before it. Bringing bytes back costs in proportion.
 Both are fitted to what was seen, older measurements counting less with each new one; of the largest ones alone: a short
-step or copy is mostly what it costs to begin at all, which is paid either way. But a step follows what was brought back, too:
-with it a whole beginning has to be faster than computed.
+step or copy is mostly what it costs to begin at all, which is paid either way. But a step follows what was brought
+back, too: with it a whole beginning has to be faster than computed.
 """
 
 from __future__ import annotations
@@ -141,8 +141,10 @@ class Gate:
         return rate is not None and now_s - rate.at_s < _STALE_S
 
     def better(self, source: Source, start: int, count: int, nbytes: int, now_s: float, *, whole: bool = False) -> bool:
-        """Whether these tokens' KV should come from there; `whole`: all of it that there is, before a last step. What is
-        not known is found out by trying."""
+        """Whether these tokens' KV should come from there; `whole`: all of it that there is, before a last step.
+
+        What is not known is found out by trying.
+        """
         if self.forced is not None:
             return self.forced
         compute_s, reload_s = self.recompute_s(start, count), self.reload_s(source, nbytes)
