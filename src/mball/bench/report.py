@@ -117,7 +117,7 @@ def plot(report: Report, stem: Path, series: Sequence[tuple[str, Callable[[Outco
     """Bars of medians with every round as a dot, to STEM.svg and STEM.png. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
-    timed = [outcome for outcome in report.outcomes if outcome.rounds][::-1]
+    timed = [outcome for outcome in report.outcomes if outcome.rounds and any(of(outcome) for _, of in series)][::-1]
     figure = Figure(figsize=(7.5, 0.9 + 0.55 * len(timed) * len(series)), layout="constrained")
     axes = figure.add_subplot()
     height = 0.8 / len(series)
