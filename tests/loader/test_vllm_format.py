@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tests import vllm_python
 
@@ -59,6 +61,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(models / name, max_shard_size="60KB" if name == "qwen2" else "1GB")
+    quantise(shutil.copytree(models / "llama", models / "int8"))
     pickled = shutil.copytree(models / "llama", models / "pickled")
     weights = transformers.AutoModelForCausalLM.from_pretrained(pickled).state_dict()
     (pickled / "model.safetensors").unlink()
@@ -72,13 +75,38 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return told
 
 
+def quantise(folder: Path) -> None:
+    """To int8 by channel, as compressed-tensors stores it: weights and scales of other dtypes side by side."""
+    stored = load_file(folder / "model.safetensors")
+    for name in [name for name in stored if name.endswith("_proj.weight")]:
+        weight = stored[name].float()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        stored[name], stored[f"{name}_scale"] = (weight / scale).round().to(torch.int8), scale
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**eight, "strategy": "channel", "dynamic": False},
+        "input_activations": {**eight, "strategy": "token", "dynamic": True},
+    }
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def _with_another_field(data: bytes) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + length].rstrip().replace(b'{"dtype"', b'{"unheard":0,"dtype"', 1)
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, "int8"])
 def test_every_tensor_is_what_the_default_loader_makes(loaded: dict[str, Any], name: str) -> None:
     alike = loaded[name]
     assert alike["tensors"] > 10

@@ -21,6 +21,7 @@ from vllm.distributed.parallel_state import destroy_model_parallel, ensure_model
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import utils
 from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.models import registry
 from vllm.plugins import load_general_plugins
 
 import mball.loader.vllm_format as vllm_format
@@ -30,6 +31,8 @@ _custom_ops._supports_onednn = False
 utils.check_cpu_sgl_kernel = lambda *shape: False
 # As vLLM's worker does where there is no accelerator.
 torch.accelerator.empty_cache = lambda: None
+# What an architecture is is found out here, not by a process of its own that imports all of vLLM: six seconds each.
+registry._run_in_subprocess = lambda find: find()
 
 
 def config_of(folder: Path) -> Any:
