@@ -17,7 +17,7 @@ from mball.device.mapping import Mapping as Pages
 from mball.errors import Cancelled, TransitionError
 from mball.loader.registered import PIECE_BYTES
 from mball.memory.engine_image import EngineImage, Vault
-from mball.memory.fingerprint import fingerprint
+from mball.memory.fingerprint import fingerprints
 from mball.units import MiB
 
 SIZES = (3 * MiB, PIECE_BYTES + 2 * MiB, mmap.PAGESIZE)
@@ -58,7 +58,8 @@ class Memory:
         return {pages.address: pages.nbytes for pages in self.pages}
 
     def fingerprints(self, segments: Mapping[int, int]) -> dict[int, int]:
-        return {a: int(fingerprint(self.words(a, n)).item()) for a, n in segments.items()}
+        words = [self.words(a, n) for a, n in segments.items()]
+        return dict(zip(segments, fingerprints(words), strict=True))
 
     def save(self, target: int, address: int, nbytes: int) -> None:
         self.gate.wait(30)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mball.memory.fingerprint import fingerprint, fingerprint_of
+from mball.memory.fingerprint import fingerprint_of, fingerprints
 
 WORDS = 70_000
 """More than a chunk."""
@@ -15,14 +15,15 @@ def words() -> torch.Tensor:
 
 
 def taken(tensor: torch.Tensor) -> int:
-    return int(fingerprint(tensor).item())
+    [found] = fingerprints([tensor])
+    return found
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.integers(0, WORDS - 1), st.integers(0, 62))
+@given(st.integers(0, WORDS - 1), st.integers(0, 63))
 def test_one_bit_anywhere_changes_it(place: int, bit: int) -> None:
     changed = words()
-    changed[place] ^= 1 << bit
+    changed[place] ^= 1 << bit if bit < 63 else -(1 << 63)
     assert taken(changed) != taken(words())
 
 
@@ -41,6 +42,13 @@ def test_the_highest_bits_alone_have_places_too() -> None:
         tensor[place] = 1 << 62
         found.add(taken(tensor))
     assert len(found) == 64
+
+
+def test_several_are_each_as_if_alone() -> None:
+    pieces = [words(), words()[: 2**15], words()[:7], torch.empty(0, dtype=torch.int64), words()[3:9]]
+    assert fingerprints(pieces) == [taken(piece) for piece in pieces]
+    assert len(set(fingerprints(pieces))) == len(pieces)
+    assert fingerprints([]) == []
 
 
 def test_zeros_are_told_by_their_number() -> None:

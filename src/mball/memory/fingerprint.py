@@ -1,42 +1,48 @@
-"""A fingerprint of memory wherever it lies, computed there."""
+"""Fingerprints of memory wherever it lies, computed there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 _CHUNK_WORDS = {"cpu": 1 << 15, "cuda": 1 << 21}
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-_MIX = 0xBF58476D1CE4E5B9 - (1 << 64)
-_CHAIN = 0x94D049BB133111EB - (1 << 64)
-"""Odd numbers, so that multiplying by them modulo 2^64 loses nothing (the first and the mixers of splitmix64)."""
+"""So that what is read and what is made of it stay in the caches."""
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX = 0xBF58476D1CE4E5B9
+_WORD = (1 << 64) - 1
+"""Numbers of splitmix64, all odd: multiplying by them modulo 2^64 loses nothing."""
 
 
-def fingerprint(words: Tensor) -> Tensor:
-    """Of a vector of int64, as an int64 without dimensions on its device.
+def fingerprints(pieces: Sequence[Tensor]) -> list[int]:
+    """Of vectors of int64 on one device, each as a number of 64 bits.
 
-    Every word is mixed by a number of its place, without loss, and all are added up modulo 2^64: one word that changes
-    always changes the sum, and many do but for one chance in about 2^64. It guards against accidents, not against an
-    attacker. Takes 64 MiB beside the words at most.
+    Every word, and its upper half once more, is multiplied by a number of its place; what is added up of a chunk by one
+    of the chunk's. A bit that flips always changes it, whatever else changes does but for one chance in about 2^64: it
+    guards against accidents, not against an attacker. Takes 32 MiB beside the words at most.
     """
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    chunk_words = _CHUNK_WORDS[words.device.type]
-    places = torch.arange(min(chunk_words, words.numel()), dtype=torch.int64, device=words.device)
-    keys = places.mul_(_GOLDEN).bitwise_or_(1)
-    for chunk in torch.split(words, chunk_words):
-        mixed = _folded(chunk)
-        mixed *= keys[: chunk.numel()]
-        mixed = _folded(mixed)
-        mixed *= _MIX
-        total = total * _CHAIN + mixed.sum() + chunk.numel()
-    return total
+    device = pieces[0].device if pieces else torch.device("cpu")
+    size = min(_CHUNK_WORDS[device.type], max((piece.numel() for piece in pieces), default=0))
+    keys = torch.arange(size, dtype=torch.int64, device=device).mul_(_signed(_GOLDEN)).bitwise_or_(1)
+    scratch = torch.empty_like(keys)
+    chunks = [chunk for piece in pieces for chunk in torch.split(piece, max(1, size)) if chunk.numel()]
+    sums = torch.empty(2, len(chunks), dtype=torch.int64, device=device)
+    for number, chunk in enumerate(chunks):
+        count = chunk.numel()
+        torch.sum(torch.mul(chunk, keys[:count], out=scratch[:count]), 0, out=sums[0, number])
+        # Of changes in the upper bits alone a product shows but as many.
+        torch.sum(torch.mul(_upper(chunk), keys[:count], out=scratch[:count]), 0, out=sums[1, number])
+    found = iter(zip(*sums.tolist(), strict=True))
+    counts = [-(-piece.numel() // max(1, size)) for piece in pieces]
+    return [_chained(piece.numel(), islice(found, n)) for piece, n in zip(pieces, counts, strict=True)]
 
 
 def fingerprint_of(tensors: Iterable[Tensor]) -> int:
     """Of all the memory that these tensors lie in, in their order, whatever their dtypes and shapes."""
-    found: list[Tensor] = []
+    pieces: list[Tensor] = []
     seen: set[int] = set()
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -45,11 +51,21 @@ def fingerprint_of(tensors: Iterable[Tensor]) -> int:
         seen.add(storage.data_ptr())
         data = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
         whole = storage.nbytes() // 8 * 8
-        found.append(fingerprint(data[:whole].view(torch.int64)))
-        found.append(fingerprint(data[whole:].to(torch.int64)))
-    return int(fingerprint(torch.stack(found)).item()) if found else 0
+        pieces += [data[:whole].view(torch.int64), data[whole:].to(torch.int64)]
+    return _chained(len(pieces), [(found, found >> 32) for found in fingerprints(pieces)])
 
 
-def _folded(words: Tensor) -> Tensor:
-    """The upper halves into the lower ones, which a multiplication spreads upwards again. Loses nothing."""
-    return (words >> 32).bitwise_and_(0xFFFFFFFF).bitwise_xor_(words)
+def _chained(length: int, sums: Iterable[tuple[int, int]]) -> int:
+    total = length
+    for whole, upper in sums:
+        total = (total * _MIX + whole) & _WORD
+        total = (total * _GOLDEN + upper) & _WORD
+    return total
+
+
+def _upper(words: Tensor) -> Tensor:
+    return words.view(torch.int32)[1::2]
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word

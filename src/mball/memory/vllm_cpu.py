@@ -17,7 +17,7 @@ from torch import Tensor
 from mball.device import libc
 from mball.loader import vllm_compat
 from mball.memory.engine_image import Vault
-from mball.memory.fingerprint import fingerprint
+from mball.memory.fingerprint import fingerprints
 from mball.memory.vllm_rpc import Rpc
 
 
@@ -51,7 +51,8 @@ class HostMemory:
         return self._segments
 
     def fingerprints(self, segments: Mapping[int, int]) -> dict[int, int]:
-        return {address: int(fingerprint(_words(address, nbytes)).item()) for address, nbytes in segments.items()}
+        words = [_words(address, nbytes) for address, nbytes in segments.items()]
+        return dict(zip(segments, fingerprints(words), strict=True))
 
     def save(self, target: int, address: int, nbytes: int) -> None:
         ctypes.memmove(target, address, nbytes)

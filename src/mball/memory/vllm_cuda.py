@@ -13,7 +13,7 @@ from torch import Tensor
 from mball.device.cuda import CudaRuntime, CudaStream
 from mball.loader import vllm_compat
 from mball.memory.engine_image import Vault
-from mball.memory.fingerprint import fingerprint
+from mball.memory.fingerprint import fingerprints
 from mball.memory.vllm_rpc import Rpc
 from mball.memory.vllm_sleeper import Sleeper, mapped
 
@@ -37,10 +37,8 @@ class CumemMemory:
         return mapped(self._cumem, vllm_compat.WEIGHTS_TAG)
 
     def fingerprints(self, segments: Mapping[int, int]) -> dict[int, int]:
-        if not segments:
-            return {}
-        found = [fingerprint(_words(address, nbytes, self._device)) for address, nbytes in segments.items()]
-        return dict(zip(segments, torch.stack(found).tolist(), strict=True))
+        words = [_words(address, nbytes, self._device) for address, nbytes in segments.items()]
+        return dict(zip(segments, fingerprints(words), strict=True))
 
     def save(self, target: int, address: int, nbytes: int) -> None:
         self._copies().fetch(target, address, nbytes)

@@ -16,8 +16,6 @@ from mball.memory.fingerprint import fingerprint_of
 if TYPE_CHECKING:
     from mball.memory.engine_image import Vault
 
-_WORD = (1 << 64) - 1
-
 
 class Rpc:
     """Mixed into vLLM's worker class, whose attributes must not be named as these are."""
@@ -57,8 +55,7 @@ class Rpc:
 
     def mball_fingerprint(self) -> dict[str, Any]:
         """Of the parameters, which are there."""
-        found = fingerprint_of(vllm_compat.model_of(self).parameters())
-        return {"fingerprint": f"{found & _WORD:016x}"}
+        return {"fingerprint": f"{fingerprint_of(vllm_compat.model_of(self).parameters()):016x}"}
 
     def mball_trim(self) -> None:
         """Freed memory goes back to the kernel."""

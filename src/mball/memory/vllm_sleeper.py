@@ -55,8 +55,6 @@ class Sleeper:
 
 def mapped(cumem: Cumem, tag: str) -> dict[int, int]:
     """Bytes by address of the allocations with a tag that have memory."""
-    return {
-        address: int(data.handle[1])
-        for address, data in cumem.allocations().items()
-        if data.tag == tag and not data.is_asleep
-    }
+    # A copy: this is asked beside an engine that computes, and may allocate.
+    there = list(cumem.allocations().items())
+    return {address: int(data.handle[1]) for address, data in there if data.tag == tag and not data.is_asleep}
