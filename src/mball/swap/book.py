@@ -18,12 +18,14 @@ from mball.swap.index import Entry, Kind, Snapshot, snapshot_bytes
 from mball.swap.layout import BLOCK_BYTES, Layout, whole_blocks
 from mball.swap.place import Extent, Place
 from mball.swap.policy import Candidate, Worth, victims
-from mball.units import format_bytes
+from mball.units import MiB, format_bytes
 
 _EVICTED_SHARE = 64
 """Room is made for so many-th of the store at a time: every making of room costs a snapshot."""
 _SNAPSHOT_SHARE = 16
 """A snapshot is due once so many times its bytes were committed."""
+_SNAPSHOT_LEAST_BYTES = 64 * MiB
+"""Not before so much was: each snapshot waits for the disk twice."""
 _SNAPSHOTS_AFTER = 4
 """Of the day's bytes so many snapshots are kept for those that a write brings with it."""
 
@@ -123,7 +125,8 @@ class Book:
 
     @property
     def snapshot_due(self) -> bool:
-        return self.uncommitted_bytes >= _SNAPSHOT_SHARE * self.snapshot_bytes
+        least_bytes = min(_SNAPSHOT_LEAST_BYTES, self.layout.total_bytes // _EVICTED_SHARE)
+        return self.uncommitted_bytes >= max(least_bytes, _SNAPSHOT_SHARE * self.snapshot_bytes)
 
     def written_bytes(self, nbytes: int) -> int:
         """What an entry costs the disk: its header blocks, and whole blocks of payload."""
