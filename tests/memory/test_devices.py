@@ -22,6 +22,8 @@ from mball.memory.model import Model
 from mball.memory.nursery import Nursery
 from mball.memory.settings import Settings
 from mball.memory.slot import Slot
+from mball.memory.swap_broker import SwapBroker
+from mball.memory.swap_keeper import SwapKeeper
 from mball.units import MiB
 from tests.fake_worker import Knobs
 from tests.memory.conftest import Running, Serve, model
@@ -206,8 +208,9 @@ def fleet(sizes: list[int], needs: list[tuple[int, int | None]]) -> tuple[Device
     devices = Devices(by_name, rules, events)
     images = Images(Ledger("dram", 0), rules, events, lambda: None)
     nursery = Nursery({}, rules, None, FOLDER)
+    swap = SwapBroker(SwapKeeper(None, events), rules.verb_s)
     slots = [
-        Slot(_device(n, size), size, devices, images, rules, events, FOLDER, FOLDER, lambda _: [], nursery)
+        Slot(_device(n, size), size, devices, images, rules, events, FOLDER, FOLDER, lambda _: [], nursery, swap)
         for n, size in enumerate(sizes)
     ]
     devices.settle(slots)
