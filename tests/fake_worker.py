@@ -225,6 +225,8 @@ class FakeWorker:
     async def attach(self, message: control.Message, fd: int | None) -> control.Message:
         if fd is None:
             raise CheckpointError("no descriptor came with the image", file=self.spec.path)
+        if self.spec.starts_awake and not self.resident:
+            raise TransitionError("it would be an image of nothing")
         self.image = fd
         if message["state"] == "ready":
             self.image_ready = True

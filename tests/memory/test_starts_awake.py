@@ -77,6 +77,24 @@ async def test_its_image_goes_with_its_worker(serve: Serve) -> None:
     await running.until(lambda: bool(running.state("a")["image_ready"]))
 
 
+async def test_its_image_is_not_filled_while_it_sleeps(serve: Serve) -> None:
+    """It is made of what is on the device; others' images are filled first where their loads are long."""
+    slow = Knobs(promote_s=0.3)
+    running = await serve(eager("a", slow), model("b", slow), dram_bytes=ROOM, settings=replace(QUICK, hold_s=0.01))
+    await running.ask("a")
+    await running.until(lambda: bool(running.state("a")["image_ready"]))
+    for _ in range(2):
+        await running.ask("b")
+        await running.ask("a")
+    await running.ask("b")
+    await running.manager._images.drop(running.manager._models["a"], "for a test")
+    assert running.state("a")["shown_as"] == "source"
+    await running.ask("a")
+    await running.until(lambda: bool(running.state("a")["image_ready"]))
+    why = [event.reason for event in running.manager.events.recent(100) if event.kind == "image dropped"]
+    assert why == ["for a test"]
+
+
 async def test_one_that_gives_no_token_is_started_again(serve: Serve, tmp_path: Path) -> None:
     running = await serve(eager("a", Knobs(fail_at="canary", times=1, counter=str(tmp_path / "times"))))
     await running.ask("a")
