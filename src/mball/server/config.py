@@ -71,8 +71,8 @@ class ModelConfig(BaseModel):
     )
     enable_prefix_caching: bool = Field(
         default=True,
-        description="Keep the KV of prompts that others may begin alike. What is kept is not computed again, so the rest "
-        "is computed in other pieces: in bf16 an answer may differ in its rounding from one that was asked cold.",
+        description="Keep the KV of prompts that others may begin alike. What is kept is not computed again, so the "
+        "rest is computed in other pieces: in bf16 an answer may differ in its rounding from one that was asked cold.",
     )
     kv_arena_bytes: ConfigSize | None = Field(
         default=None,
