@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from contextlib import closing
-from pathlib import Path
 
 from mball.device.host import host_threads
 from mball.device.memfd import Writer, create, seal
@@ -17,29 +15,7 @@ from mball.loader.manifest import Manifest
 from mball.loader.plan import Extent, chunked
 from mball.loader.reader import Progress, Source, read
 
-__all__ = ["create", "fill", "key", "seal"]
-
-_KIND = b"mball source image 1"
-
-
-def key(path: str | Path) -> bytes:
-    """SHA-256 that names the source image of a checkpoint: of its shards' headers, paths, sizes and times of change, so
-    that nothing large is read.
-
-    Raises as `Checkpoint.open`.
-    """
-    digest = hashlib.sha256(_KIND)
-    for shard in Checkpoint.open(path).shards:
-        try:
-            with shard.path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                head = file.read(shard.data_start)
-        except OSError as error:
-            raise ReadError(f"cannot be read: {error.strerror}", file=str(shard.path)) from error
-        where = str(shard.path.resolve()).encode()
-        for part in (where, b"%d %d" % (status.st_size, status.st_mtime_ns), head):
-            digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.digest()
+__all__ = ["create", "fill", "seal"]
 
 
 def fill(

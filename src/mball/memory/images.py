@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
@@ -20,7 +19,6 @@ from mball.memory.planner import Demand, Snapshot, plan
 from mball.memory.policy import image_drops
 from mball.memory.settings import Settings
 from mball.memory.states import Process, Weights
-from mball.memory.swap_images import SwapImages
 from mball.units import format_bytes
 
 if TYPE_CHECKING:
@@ -32,15 +30,11 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(eq=False)
 class Image:
-    """A memfd that outlives workers. `ready`: filled and sealed; `whole`: it holds what its worker's `image_key` names.
-    `reading`: it is filled from the swap store now. `leaving`: held by whoever writes it there."""
+    """A memfd that outlives workers. `ready`: filled and sealed."""
 
     fd: int
     nbytes: int
     ready: bool = False
-    whole: bool = False
-    reading: asyncio.Task[bool] | None = None
-    leaving: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Images:
@@ -50,11 +44,8 @@ class Images:
     valuable goes first, and only for one that is worth twice as much.
     """
 
-    def __init__(
-        self, ledger: Ledger, settings: Settings, events: Events, changed: Callable[[], None], swap: SwapImages
-    ) -> None:
+    def __init__(self, ledger: Ledger, settings: Settings, events: Events, changed: Callable[[], None]) -> None:
         self.ledger = ledger
-        self.swap = swap
         self._events = events
         self._settings = settings
         self._changed = changed
@@ -74,29 +65,18 @@ class Images:
         if model.image is not None and model.image.ready and model.worker is not None:
             await model.worker.call("image", deadline_s=self._settings.verb_s, fd=model.image.fd, state="ready")
 
-    async def drop(self, model: Model, reason: str, *, store_s: float = 0.0) -> None:
-        """Frees a model's image, which is written to the swap store before, where it is worth that and there are
-        `store_s` for it. A worker that does not let go of it in time is killed: it would keep the pages."""
-        kept = model.image
-        if kept is not None and kept.ready and store_s > 0:
-            async with kept.leaving:
-                if model.image is kept:
-                    await self.swap.keep(model, kept, store_s)
-            if model.image is not kept:  # another has dropped it meanwhile
-                return
+    async def drop(self, model: Model, reason: str) -> None:
+        """Frees a model's image. A worker that does not let go of it in time is killed: it would keep the pages."""
         async with model.lock:  # no promotion reads it now
             await self.forget(model, reason)
 
     async def forget(self, model: Model, reason: str) -> None:
-        """As `drop`, by whoever holds the model's lock, and nothing is written."""
+        """As `drop`, by whoever holds the model's lock."""
         image, model.image = model.image, None
         if image is None:
             return
-        self.swap.look(model)
         if model.state.weights is Weights.DRAM:
-            model.state = model.state.to(weights=model.rest)
-        if image.reading is not None:
-            image.reading.cancel()
+            model.state = model.state.to(weights=Weights.SOURCE)
         try:
             if model.worker is not None and model.state.process is Process.ALIVE:
                 await self._let_go(model.worker)
@@ -116,7 +96,7 @@ class Images:
         )
         held = sum(candidate.image_bytes for candidate in kept)
         for move in plan(Snapshot(0, kept), Demand("", 0, dram_bytes=min(nbytes, held))) or []:
-            await self.drop(owned[move.model][0], f"{why}; {move.reason}", store_s=self._settings.hurry_s)
+            await self.drop(owned[move.model][0], f"{why}; {move.reason}")
 
     async def _let_go(self, worker: WorkerProcess) -> None:
         try:
@@ -141,8 +121,7 @@ class Images:
         if worker is None or victims is None:
             return
         for victim in victims:
-            why = f"{format_bytes(nbytes)} for {model.name}, which saves more seconds a byte"
-            await self.drop(victim, why, store_s=self._settings.store_s)
+            await self.drop(victim, f"{format_bytes(nbytes)} for {model.name}, which saves more seconds a byte")
         try:
             # The drops took time: another image may have come first.
             self.ledger.promise(model.name, nbytes)
@@ -150,10 +129,6 @@ class Images:
             _log.info("no image", model=model.name, reason=str(error))
             return
         image = model.image = Image(memfd.create(model.name, nbytes), nbytes)
-        self.swap.look(model)
-        if model.stored:
-            await self._fetch(model, image)
-            return
         try:
             filled = await worker.call("image", deadline_s=self._settings.image_s, fd=image.fd, state="empty")
             if model.image is not image:  # given up meanwhile, and its descriptor may be another's by now
@@ -164,43 +139,10 @@ class Images:
                 _log.warning("image not filled", model=model.name, error=str(error))
                 await self.drop(model, "it could not be filled")
             return
-        fill_s = float(filled.get("fill_s", 0.0))
-        if fill_s > 0:
-            model.figures.source_rate.add(nbytes / fill_s)
-        image.whole = model.image_key is not None and filled.get("key") == model.image_key.hex()
-        self._ready(model, image, fill_s, Weights.SOURCE)
-
-    async def _fetch(self, model: Model, image: Image) -> None:
-        """From the swap store. Where that fails the next filling, or promotion, is from the source."""
-        began = time.monotonic()
-        reading = image.reading = asyncio.create_task(self.swap.read(model, image.fd, image.nbytes))
-        try:
-            await asyncio.wait({reading})
-        finally:
-            reading.cancel()
-        image.reading = None
-        if model.image is not image:  # given up meanwhile
-            return
-        try:
-            if reading.cancelled() or not reading.result():
-                raise TransitionError("the swap store does not have it")
-            memfd.seal(image.fd)
-            async with model.lock:
-                if model.image is image:
-                    image.whole = True
-                    self._ready(model, image, time.monotonic() - began, Weights.NVME)
-                    await self.attach(model)
-        except (TransitionError, OSError) as error:
-            _log.warning("image not fetched", model=model.name, error=str(error))
-            await self.drop(model, "it could not be fetched")
-
-    def _ready(self, model: Model, image: Image, fill_s: float, source: Weights) -> None:
         image.ready = True
-        if model.state.weights in (Weights.NVME, Weights.SOURCE):
+        if model.state.weights is Weights.SOURCE:
             model.state = model.state.to(weights=Weights.DRAM)
-        self._events.record(
-            "image ready", model.name, image_bytes=image.nbytes, fill_s=round(fill_s, 3), filled_from=source.value
-        )
+        self._events.record("image ready", model.name, image_bytes=nbytes, fill_s=filled.get("fill_s"))
 
     def _victims(self, model: Model, models: list[Model], nbytes: int, now_s: float) -> list[Model] | None:
         """Whose images go for this one: [] where there is room, None where those that stay are worth more."""

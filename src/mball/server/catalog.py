@@ -68,7 +68,6 @@ def settings(config: Config) -> Settings:
         start_s=config.start_timeout_s,
         zygote=config.zygote,
         host_reserve_bytes=config.host_reserve_bytes,
-        swap_weights="auto" if config.swap is None else config.swap.weights,
     )
 
 
@@ -109,6 +108,8 @@ def model_spec(model: ModelConfig, config: Config) -> ModelSpec:
         kv_cache_bytes=model.kv_cache_memory_bytes,
         threads=config.threads,
         trust_remote_code=model.trust_remote_code,
+        enable_prefix_caching=model.enable_prefix_caching,
+        kv_arena_bytes=model.kv_arena_bytes,
         resident_layers=model.resident_layers,
         resident_experts=model.resident_experts,
         engine=model.engine,

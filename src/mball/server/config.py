@@ -69,6 +69,15 @@ class ModelConfig(BaseModel):
     kv_cache_memory_bytes: ConfigSize | None = Field(
         default=None, description="Size of the KV pool; by default chosen."
     )
+    enable_prefix_caching: bool = Field(
+        default=True,
+        description="Keep the KV of prompts that others may begin alike. What is kept is not computed again, so the "
+        "rest is computed in other pieces: in bf16 an answer may differ in its rounding from one that was asked cold.",
+    )
+    kv_arena_bytes: ConfigSize | None = Field(
+        default=None,
+        description="Host memory for KV that leaves the pool; by default modest on a GPU, none on the CPU.",
+    )
     resident_layers: Literal["auto"] | Annotated[int, Field(ge=0)] | None = Field(
         default=None,
         description="Layers that stay on the device while the others are streamed through it: a number, or auto for as "
@@ -160,10 +169,6 @@ class SwapConfig(BaseModel):
         default=None, description="The most that is written to it in a day (UTC): an SSD wears out."
     )
     ephemeral: bool = Field(default=False, description="It has no name and nothing of it outlives the server.")
-    weights: Literal["auto", "always", "never"] = Field(
-        default="auto",
-        description="Whether images that leave DRAM are written to it: auto where the model's files are read slower.",
-    )
     threads: int = Field(default=8, ge=2, le=256, description="Threads that read and write it.")
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default=600.0, description="How long the disk may take for one transfer, until it is held to hang."

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mball.loader.source import ImageReader
 from mball.server.engine.api import (
     Ballooned,
     Demoted,
@@ -90,12 +89,7 @@ class EchoEngine:
         with self._changed:
             return EngineStatus(self._resident, len(self._live), 0, 10, 10, 1000, 500)
 
-    def promote(
-        self,
-        image_fd: int | None,
-        progress: Callable[[int, int], None] | None = None,
-        stored: ImageReader | None = None,
-    ) -> Promoted:
+    def promote(self, image_fd: int | None, progress: Callable[[int, int], None] | None = None) -> Promoted:
         if progress is not None:
             progress(1000, 1000)
         self._resident = True
@@ -180,12 +174,7 @@ class EchoEmbedder:
     def status(self) -> EngineStatus:
         return EngineStatus(self._resident, 0, 0, 0, 0, 1000, 0)
 
-    def promote(
-        self,
-        image_fd: int | None,
-        progress: Callable[[int, int], None] | None = None,
-        stored: ImageReader | None = None,
-    ) -> Promoted:
+    def promote(self, image_fd: int | None, progress: Callable[[int, int], None] | None = None) -> Promoted:
         self._resident = True
         return Promoted(1000, 0, 0.0, 0.0)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from mball.loader.source import ImageReader
 from mball.swap.block_store import BlockStore
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -140,16 +139,10 @@ class EngineStatus:
 class Residency(Protocol):
     """The memory verbs that every engine has. All block; none but `fill_image` is called while another runs."""
 
-    def promote(
-        self,
-        image_fd: int | None,
-        progress: Callable[[int, int], None] | None = None,
-        stored: ImageReader | None = None,
-    ) -> Promoted:
-        """Weights from the image where `image_fd` is given, else as `stored` reads it, else from the source shards; a
-        fresh KV pool. A model that is streamed takes no `stored`.
+    def promote(self, image_fd: int | None, progress: Callable[[int, int], None] | None = None) -> Promoted:
+        """Weights from the image where `image_fd` is given, else from the source shards; a fresh KV pool.
 
-        Raises DeviceOutOfMemory, CheckpointError, SwapMiss. After an error nothing is held on the device.
+        Raises DeviceOutOfMemory, CheckpointError. After an error nothing is held on the device.
         """
 
     def demote(self) -> Demoted:

@@ -11,7 +11,6 @@ from queue import SimpleQueue
 import torch
 
 from mball.errors import InvalidRequest, TransitionError, Unavailable
-from mball.loader.source import ImageReader
 from mball.memory.spec import WorkerSpec
 from mball.server.engine.api import Ballooned, Demoted, EngineStatus, Promoted
 from mball.server.engine.pooling import Pooling
@@ -102,13 +101,11 @@ class EmbedEngine:
     def fill_image(self, image_fd: int, cancel: threading.Event | None = None) -> int:
         return self._weights.fill_image(image_fd, cancel)
 
-    def promote(
-        self, image_fd: int | None, progress: Progress | None = None, stored: ImageReader | None = None
-    ) -> Promoted:
+    def promote(self, image_fd: int | None, progress: Progress | None = None) -> Promoted:
         began = time.perf_counter()
         if self._resident:
             raise TransitionError(f"{self._spec.model} is on the device already")
-        load_s = self._weights.load(image_fd, progress, stored)
+        load_s = self._weights.load(image_fd, progress)
         self._resident = True
         return Promoted(self._weights.nbytes, 0, load_s, time.perf_counter() - began)
 

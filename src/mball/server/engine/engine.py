@@ -12,7 +12,6 @@ import torch
 
 from mball.device.account import Account
 from mball.errors import MballError, TransitionError
-from mball.loader.source import ImageReader
 from mball.memory.spec import WorkerSpec
 from mball.server.engine import request as requests
 from mball.server.engine import runner, sampler, tiers
@@ -184,14 +183,12 @@ class GenerateEngine:
     def fill_image(self, image_fd: int, cancel: threading.Event | None = None) -> int:
         return self._weights.fill_image(image_fd, cancel)
 
-    def promote(
-        self, image_fd: int | None, progress: Progress | None = None, stored: ImageReader | None = None
-    ) -> Promoted:
+    def promote(self, image_fd: int | None, progress: Progress | None = None) -> Promoted:
         began = time.perf_counter()
         if self._resident or self._ended:
             state = "on the device already" if self._resident else f"broken ({self._error}): restart its worker"
             raise TransitionError(f"{self._spec.model} is {state}")
-        load_s = self._weights.load(image_fd, progress, stored)
+        load_s = self._weights.load(image_fd, progress)
         try:
             cache = self._pool.open()
         except (MballError, OSError, RuntimeError):

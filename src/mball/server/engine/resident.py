@@ -13,7 +13,6 @@ from mball.device.account import Account
 from mball.errors import UnsupportedCheckpoint
 from mball.loader import image
 from mball.loader.checkpoint import Checkpoint
-from mball.loader.source import ImageReader
 from mball.loader.weights import Weights
 from mball.memory.spec import WorkerSpec
 from mball.server.engine import experts
@@ -99,14 +98,10 @@ class ResidentWeights:
     def image_bytes(self) -> int:
         return self._checkpoint.image_bytes
 
-    def load(self, image_fd: int | None, progress: Progress | None, stored: ImageReader | None = None) -> float:
-        """Seconds taken. Raises DeviceOutOfMemory, CheckpointError, SwapMiss, Cancelled; then nothing is held."""
+    def load(self, image_fd: int | None, progress: Progress | None) -> float:
+        """Seconds taken. Raises DeviceOutOfMemory, CheckpointError, Cancelled; then nothing is held."""
         began = time.perf_counter()
-        weights = self._weights
-        if isinstance(weights, Weights):
-            weights.load(image_fd, threads=self._threads, progress=progress, cancel=self._cancel, stored=stored)
-        else:
-            weights.load(image_fd, threads=self._threads, progress=progress, cancel=self._cancel)
+        self._weights.load(image_fd, threads=self._threads, progress=progress, cancel=self._cancel)
         self.resident = True
         return time.perf_counter() - began
 

@@ -25,7 +25,7 @@ from mball.server.worker.app import create_app
 from mball.server.worker.service import Service
 from mball.server.worker.threads import in_thread
 from mball.server.worker.tokenizer import Tokenizer
-from mball.server.worker.verbs import Verbs, image_key, trimmed_private_bytes
+from mball.server.worker.verbs import Verbs, trimmed_private_bytes
 
 EXIT_TIMEOUT_S = 8.0
 """From the first word of stopping to the end of the process, whatever hangs."""
@@ -80,7 +80,6 @@ def _hello(service: Service) -> control.Message:
         "kv_bytes": needs.kv_bytes,
         "working_bytes": needs.activation_bytes,
         "image_bytes": service.engine.image_bytes,
-        "image_key": image_key(service.spec),
     }
 
 

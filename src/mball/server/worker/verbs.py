@@ -6,7 +6,6 @@ import asyncio
 import ctypes
 import dataclasses
 import gc
-import json
 import os
 import threading
 import time
@@ -17,18 +16,14 @@ import structlog
 
 from mball.device.cuda import CudaRuntime
 from mball.device.proc import private_bytes
-from mball.errors import CheckpointError, SwapMiss, TransitionError
-from mball.loader.image import key as content_key
+from mball.errors import TransitionError
 from mball.loader.registered import IMAGES
 from mball.memory.control import Asker, Channel, ChannelClosed, Handler, Message
-from mball.memory.spec import WorkerSpec
-from mball.server.engine.api import GenerateRequest, Output, Promoted, SamplingParams
-from mball.server.engine.resident import Progress, torch_device
+from mball.server.engine.api import GenerateRequest, Output, SamplingParams
+from mball.server.engine.resident import torch_device
 from mball.server.worker.service import Service
 from mball.server.worker.threads import in_thread
-from mball.swap.place import Place
 from mball.swap.slots import Slots
-from mball.swap.stored_image import StoredImage
 
 CANARY_TIMEOUT_S = 60.0
 PROGRESS_INTERVAL_S = 0.2
@@ -89,31 +84,17 @@ class Verbs:
             self._image_fd = None
 
     async def _promote(self, message: Message, fd: int | None) -> Message:
-        """With a descriptor: of JSON that says where in the swap store the image is."""
-        place = None if fd is None else await in_thread(lambda: _place(fd))
+        _no_descriptor(fd)
         async with self._moving:
             self._fence(message)
             progress = _Progress(self._channel)
             try:
-                promoted, came = await self._load(place, progress.report)
+                promoted = await in_thread(lambda: self._service.engine.promote(self._image_fd, progress.report))
             finally:
                 await progress.close()
             self._service.open_gate()
-            _log.info("promoted", **dataclasses.asdict(promoted), **came)
-            return {**dataclasses.asdict(promoted), **came}
-
-    async def _load(self, place: Place | None, report: Progress) -> tuple[Promoted, dict[str, str]]:
-        """From the image, else straight from the swap store, else from the shards, which a miss leads to as well."""
-        engine, image_fd, came = self._service.engine, self._image_fd, dict[str, str]()
-        if image_fd is None and place is not None and self._slots is not None:
-            stored = StoredImage(self._slots, place)
-            try:
-                return await in_thread(lambda: engine.promote(None, report, stored.read)), {"weights_from": "nvme"}
-            except SwapMiss as miss:
-                _log.warning("image missed", reason=miss.reason, error=str(miss))
-                came["missed"] = miss.reason
-        promoted = await in_thread(lambda: engine.promote(image_fd, report))
-        return promoted, {**came, "weights_from": "source" if image_fd is None else "dram"}
+            _log.info("promoted", **dataclasses.asdict(promoted))
+            return dataclasses.asdict(promoted)
 
     async def _demote(self, message: Message, fd: int | None) -> Message:
         _no_descriptor(fd)
@@ -152,7 +133,7 @@ class Verbs:
         if fd is None:
             raise TransitionError("image: no descriptor came with it")
         try:
-            began, filled, fill_s, key = time.perf_counter(), 0, 0.0, None
+            began, filled = time.perf_counter(), 0
             match message.get("state"):
                 case "ready":
                     pass
@@ -160,14 +141,12 @@ class Verbs:
                     async with self._filling:
                         unwanted = self._unwanted = threading.Event()
                         filled = await in_thread(lambda: self._service.engine.fill_image(fd, unwanted))
-                        fill_s = time.perf_counter() - began
-                        key = await in_thread(lambda: image_key(self._service.spec))
                 case state:
                     raise TransitionError(f"image: its state is 'empty' or 'ready', not {state!r}")
             async with self._moving:
                 if not self._has_image(fd):
                     await self._take_image(os.dup(fd))
-            return {"bytes": filled, "fill_s": fill_s, "key": key}
+            return {"bytes": filled, "fill_s": time.perf_counter() - began}
         finally:
             os.close(fd)
 
@@ -309,26 +288,6 @@ def trimmed_private_bytes() -> int:
 def _registered(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         _log.warning("image not registered ahead of need", error=str(error))
-
-
-def image_key(spec: WorkerSpec) -> str | None:
-    """Names the content of the model's image; None where it can't be loaded from the swap store. Blocks."""
-    if spec.streamed:
-        return None
-    try:
-        return content_key(spec.path).hex()
-    except CheckpointError:
-        return None
-
-
-def _place(fd: int) -> Place:
-    """Closes the descriptor. Raises TransitionError."""
-    try:
-        return Place.from_wire(json.loads(os.pread(fd, os.fstat(fd).st_size, 0)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TransitionError(f"promote: its descriptor says no place: {error!r}") from None
-    finally:
-        os.close(fd)
 
 
 def _no_descriptor(fd: int | None) -> None:
