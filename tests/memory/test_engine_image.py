@@ -198,6 +198,19 @@ def test_with_an_image_go_weights_that_are_in_it_alone_but_for_those_still_wante
     assert not any(memory.content()[end:])
 
 
+def test_an_image_stays_while_weights_are_away_that_were_changed(memory: Memory, image_fd: int) -> None:
+    vault = Vault(memory)
+    filled(vault, image_fd)
+    ctypes.memset(memory.pages[0].address, 99, 1)
+    changed = memory.content()
+    vault.put_away(memory.segments())
+    with pytest.raises(TransitionError, match="1 segments of the weights were changed"):
+        vault.drop()
+    swap(vault, memory)
+    assert memory.content() == changed
+    assert not vault.drop()
+
+
 def test_a_filling_that_is_not_wanted_ends_and_leaves_nothing(memory: Memory, image_fd: int) -> None:
     vault = Vault(memory)
     memory.gate.clear()

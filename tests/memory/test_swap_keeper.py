@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mball.errors import SwapInUse, SwapMiss
+from mball.errors import SwapInUse, SwapMiss, SwapUnavailable
 from mball.memory.events import Events
 from mball.memory.swap_keeper import SwapKeeper
 from mball.swap.check import look
@@ -107,7 +107,7 @@ async def test_closing_while_it_is_being_opened_leaves_no_lock(tmp_path: Path) -
             try:
                 store = await asyncio.to_thread(open_store, settings(tmp_path / "swap", size_bytes=64 * MiB))
                 break
-            except SwapInUse:  # the thread that opens has not ended yet
+            except (SwapInUse, SwapUnavailable):  # the opening thread has not ended yet
                 await asyncio.sleep(0.01)
     store.close()
 

@@ -170,13 +170,18 @@ class Vault:
 
     def drop(self, still_wanted: Collection[int] = ()) -> bool:
         """Ends a filling, and lets go of the image. Whether weights are lost by it: those that are in it alone, but for
-        the segments that addresses of `still_wanted` lie in. Raises TransitionError."""
+        the segments that addresses of `still_wanted` lie in. Raises TransitionError, also while weights are away that
+        were changed since: to load them again would undo that.
+        """
         filling = self._filling
         if filling is None:
             return False
         filling.cancel.set()
         filling.settle()
-        image, self._filling = filling.image, None
+        image = filling.image
+        if image is not None and (changed := self._aside.keys() & image.segments.keys()):
+            raise TransitionError(f"{len(changed)} segments of the weights were changed since they were loaded")
+        self._filling = None
         if image is None:
             return False
         for address in self._from_image:

@@ -108,6 +108,8 @@ def model_spec(model: ModelConfig, config: Config) -> ModelSpec:
         kv_cache_bytes=model.kv_cache_memory_bytes,
         threads=config.threads,
         trust_remote_code=model.trust_remote_code,
+        enable_prefix_caching=model.enable_prefix_caching,
+        kv_arena_bytes=model.kv_arena_bytes,
         resident_layers=model.resident_layers,
         resident_experts=model.resident_experts,
         engine=model.engine,

@@ -109,8 +109,7 @@ class EngineStatus:
     """Numbers of the moment. Bytes are device bytes. `spare_bytes` can be given to the balloon beside what is there
     already, and nobody would notice. `error` says what is wrong with the engine, if anything is. Of `num_layers`,
     `resident_layers` stay on the device and the others are streamed; of `num_experts`, which are those of all layers,
-    `resident_experts` have room. All are 0 where nothing is streamed. `layer_bytes` more could be given of either,
-    after which a request would take `layer_s` longer, as measured on average; both are 0 while that is not known.
+    `resident_experts` have room. All are 0 where nothing is streamed.
 
     Of tokens that need not be computed, `prefix_hit_tokens` were in the KV pool and `kv_restored_tokens` came back to
     it. `kv_stored_blocks` were written to the store. `kv_refusals`: computing was the faster way; `kv_failures`: blocks
@@ -130,8 +129,6 @@ class EngineStatus:
     resident_layers: int = 0
     num_experts: int = 0
     resident_experts: int = 0
-    layer_bytes: int = 0
-    layer_s: float = 0.0
     prefix_hit_tokens: int = 0
     kv_restored_tokens: int = 0
     kv_stored_blocks: int = 0

@@ -24,9 +24,6 @@ from mball.swap.streamed import StreamedWeights
 
 Progress = Callable[[int, int], None]
 
-_SMOOTHING = 16
-"""Requests that an average is of, about."""
-
 
 def torch_device(name: str) -> torch.device:
     """A simulated device is the CPU. A worker on a GPU sees that GPU alone, as number 0."""
@@ -61,7 +58,6 @@ class ResidentWeights:
             model.module, checkpoint, device=device, sources=model.sources, ignore=model.ignored, account=account
         )
         self.resident = False
-        self._steps_each: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -92,21 +88,6 @@ class ResidentWeights:
     def resident_experts(self) -> int:
         """As many as there is room for."""
         return self.streamed.cells if isinstance(self.streamed, ExpertWeights) else 0
-
-    def request_took(self, steps: int) -> None:
-        """A request has ended."""
-        known = self._steps_each
-        self._steps_each = steps if known is None else known + (steps - known) / _SMOOTHING
-
-    @property
-    def layer_offer(self) -> tuple[int, float]:
-        """Bytes of what is streamed that could be given, and how much longer a request would take; nothing while that
-        was not measured."""
-        streamed, steps = self.streamed, self._steps_each
-        if not self.resident or steps is None or not isinstance(streamed, LayeredWeights | ExpertWeights):
-            return 0, 0.0
-        longer_s = streamed.longer_s
-        return (0, 0.0) if longer_s is None else (streamed.gives_bytes, steps * longer_s)
 
     def use_image(self, image_fd: int | None) -> None:
         """Where what is streamed comes from. Raises CheckpointError, OSError, TransitionError."""

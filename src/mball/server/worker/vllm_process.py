@@ -24,7 +24,7 @@ from mball.memory import control, vllm_options
 from mball.memory.estimate import estimate
 from mball.memory.spec import WorkerSpec
 from mball.server.worker.vllm_http import VllmClient
-from mball.server.worker.vllm_verbs import VllmVerbs, describe, private_bytes
+from mball.server.worker.vllm_verbs import VllmVerbs, describe, fingerprints, private_bytes
 
 START_S = 3600.0
 """The manager gives up long before."""
@@ -97,7 +97,7 @@ async def _serve(
 async def _answer(client: VllmClient, spec: WorkerSpec, channel: control.Channel, stopping: asyncio.Event) -> None:
     """Says hello once the engine answers; returns when the manager's end closes. Raises TransitionError."""
     await _until_healthy(client)
-    awake = await describe(client)
+    awake, loaded = await describe(client), await fingerprints(client)
     held = awake.weights_bytes + awake.kv_bytes if awake.free_bytes is None else 0
     with contextlib.suppress(control.ChannelClosed):
         await channel.send(
@@ -112,7 +112,7 @@ async def _answer(client: VllmClient, spec: WorkerSpec, channel: control.Channel
                 "working_bytes": None if awake.free_bytes is None else 0,
             }
         )
-        await control.serve(channel, VllmVerbs(spec, client, awake, stopping.set).table())
+        await control.serve(channel, VllmVerbs(spec, client, awake, loaded, stopping.set).table())
 
 
 async def _until_healthy(client: VllmClient) -> None:

@@ -49,6 +49,12 @@ async def describe(client: VllmClient) -> Described:
     )
 
 
+async def fingerprints(client: VllmClient) -> list[str]:
+    """Of the parameters that each process has on the device. Raises TransitionError."""
+    parts = await client.rpc("mball_fingerprint", deadline_s=MOVE_S)
+    return [part["fingerprint"] for part in parts]
+
+
 async def private_bytes(client: VllmClient) -> int:
     """What this process and all below it hold alone, once freed heap is back with the kernel."""
     await client.rpc("mball_trim", deadline_s=ANSWER_S)
@@ -58,7 +64,10 @@ async def private_bytes(client: VllmClient) -> int:
 class VllmVerbs:
     """The engine is awake. One residency verb at a time; `status`, `stop` and the filling of an image at any time."""
 
-    def __init__(self, spec: WorkerSpec, client: VllmClient, awake: Described, stop: Callable[[], None]) -> None:
+    def __init__(
+        self, spec: WorkerSpec, client: VllmClient, awake: Described, loaded: list[str], stop: Callable[[], None]
+    ) -> None:
+        """`loaded`: the weights' fingerprints now."""
         self._spec = spec
         self._client = client
         self._awake = awake
@@ -67,7 +76,7 @@ class VllmVerbs:
         self._epoch = 0
         self._image = self._filling = False
         self._asleep: int | None = None
-        self._fingerprints: list[Any] = []
+        self._fingerprints = loaded
         # An adapter's weights are in none of the model's files.
         self._forgets = not any(name.replace("-", "_") == "enable_lora" for name in spec.engine_args)
 
@@ -102,8 +111,7 @@ class VllmVerbs:
         """The weights from their files; what vLLM makes of them has to be what it was."""
         await self._client.post("/wake_up?tags=weights", deadline_s=MOVE_S)
         await self._client.rpc("reload_weights", deadline_s=MOVE_S)
-        found = await self._client.rpc("mball_fingerprint", deadline_s=MOVE_S)
-        if found != self._fingerprints:
+        if await fingerprints(self._client) != self._fingerprints:
             raise TransitionError(f"{self._spec.model}: after a reload its weights are not what they were before")
         await self._client.post("/wake_up?tags=kv_cache", deadline_s=MOVE_S)
 
@@ -115,8 +123,8 @@ class VllmVerbs:
             self._fence(message)
             # One that is being filled now is waited for by whoever puts the weights away.
             level = 1 if self._image or self._filling or not self._forgets else 2
-            if self._forgets:
-                self._fingerprints = await self._client.rpc("mball_fingerprint", deadline_s=MOVE_S)
+            if level == 2:
+                self._fingerprints = await fingerprints(self._client)
             before = await self._held()
             await self._client.post(f"/sleep?level={level}&mode=wait", deadline_s=MOVE_S)
             self._asleep = level
