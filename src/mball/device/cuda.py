@@ -44,13 +44,17 @@ class Stream(Protocol):
         """Until every copy has arrived."""
 
 
-class Runtime(Protocol):
+class Registrar(Protocol):
+    """Makes host memory known to a device."""
+
     def register(self, address: int, nbytes: int, *, read_only: bool = False) -> None:
         """Let the device read host memory directly; whole pages. Raises RegistrationFailed."""
 
     def unregister(self, address: int) -> None:
         """Of memory registered at this address, that no copy reads any more."""
 
+
+class Runtime(Registrar, Protocol):
     def stream(self) -> Stream: ...
 
     def cpus(self) -> frozenset[int]:

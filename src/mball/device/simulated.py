@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,9 @@ class SimulatedDevice:
 
     def process_bytes(self, pid: int, baseline_bytes: int = 0) -> int | None:
         """Of the one process alone, as others may be many."""
-        with self._locked(pids={pid}) as state:
+        with self._opened() as state:
             holder = state.holders.get(pid)
-        return None if holder is None else holder.nbytes
+        return holder.nbytes if holder is not None and _lives(pid, holder) else None
 
     def free_bytes(self) -> int:
         with self._locked() as state:
@@ -127,19 +127,27 @@ class SimulatedDevice:
             raise DeviceOutOfMemory(self.name, delta, free, self.total_bytes)
 
     @contextlib.contextmanager
-    def _locked(self, *, write: bool = False, pids: Collection[int] | None = None) -> Iterator[_State]:
-        """The state under the lock, less the dead; `write` keeps the changes. `pids`: of these processes alone."""
-        fd = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            _lock(fd, self.name)
-            state = _read(self.path)
-            asked = state.holders if pids is None else {pid: h for pid, h in state.holders.items() if pid in pids}
-            state.holders = {pid: h for pid, h in asked.items() if proc.start_ticks(pid) == h.start_ticks}
+    def _locked(self, *, write: bool = False) -> Iterator[_State]:
+        """The state under the lock, less the dead; `write` keeps the changes."""
+        with self._opened() as state:
+            state.holders = {pid: holder for pid, holder in state.holders.items() if _lives(pid, holder)}
             yield state
             if write:
                 _write(self.path, state)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[_State]:
+        """The state under the lock, the dead too."""
+        fd = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            _lock(fd, self.name)
+            yield _read(self.path)
         finally:
             os.close(fd)
+
+
+def _lives(pid: int, holder: _Holder) -> bool:
+    return proc.start_ticks(pid) == holder.start_ticks
 
 
 def _lock(fd: int, name: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
-from mball.device.cuda import Runtime
+from mball.device.cuda import Registrar
 from mball.device.mapping import Mapping
 from mball.errors import RegistrationFailed
 from mball.units import MiB
@@ -17,7 +17,7 @@ PIECE_BYTES = 64 * MiB
 class RegisteredImage:
     """An image's pages, read-only or to be filled (`writable`). Used by many threads."""
 
-    def __init__(self, image_fd: int, runtime: Runtime, *, writable: bool = False) -> None:
+    def __init__(self, image_fd: int, runtime: Registrar, *, writable: bool = False) -> None:
         """Raises OSError."""
         self._runtime = runtime
         self._read_only = not writable
@@ -85,7 +85,7 @@ class Images:
         self._images: dict[tuple[int, int], RegisteredImage] = {}
         self._lock = threading.Lock()
 
-    def attach(self, image_fd: int, runtime: Runtime) -> RegisteredImage:
+    def attach(self, image_fd: int, runtime: Registrar) -> RegisteredImage:
         """Raises OSError where it can't be mapped."""
         with self._lock:
             key = _key(image_fd)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mball.device import mapping
-from mball.device.cuda import Runtime
+from mball.device.cuda import Registrar
 from mball.device.host import host_threads
 from mball.errors import Cancelled, MballError, TransitionError
 from mball.loader.registered import PIECE_BYTES, RegisteredImage
@@ -29,7 +29,7 @@ class EngineMemory(Protocol):
     """Where an engine's weights lie. Addresses stay the same while there is no memory behind them."""
 
     @property
-    def runtime(self) -> Runtime:
+    def runtime(self) -> Registrar:
         """Registers host memory that is copied to and from."""
 
     def entered(self) -> AbstractContextManager[None]:

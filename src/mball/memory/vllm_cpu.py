@@ -30,12 +30,6 @@ class HostRuntime:
     def unregister(self, address: int) -> None:
         pass
 
-    def stream(self) -> Any:
-        raise NotImplementedError
-
-    def cpus(self) -> frozenset[int]:
-        return frozenset()
-
 
 class HostMemory:
     """The whole pages of some tensors. What is left of them at the edges stays."""
@@ -74,6 +68,7 @@ class SleepingCpuWorker(Rpc, vllm_compat.cpu_worker()):  # type: ignore[misc]
     """Level 1 keeps the weights in the image, or aside; level 2 forgets them: they have to be loaded again."""
 
     _weights: HostMemory | None = None
+    _mball_vault: Vault | None = None
 
     def sleep(self, level: int = 1) -> None:
         weights = self._memory()
@@ -102,8 +97,10 @@ class SleepingCpuWorker(Rpc, vllm_compat.cpu_worker()):  # type: ignore[misc]
             self._weights = HostMemory(vllm_compat.model_of(self).parameters())
         return self._weights
 
-    def _mball_make_vault(self) -> Vault:
-        return Vault(self._memory())
+    def mball_vault(self) -> Vault:
+        if self._mball_vault is None:
+            self._mball_vault = Vault(self._memory())
+        return self._mball_vault
 
 
 def _whole_pages(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:

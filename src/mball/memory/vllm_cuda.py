@@ -91,7 +91,7 @@ class CudaRpc(Rpc):
             "free_bytes": free_bytes,
         }
 
-    def _mball_make_vault(self) -> Vault:
+    def mball_vault(self) -> Vault:
         return sleeper().vault
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mball.loader import vllm_compat
 from mball.memory.fingerprint import fingerprint_of
@@ -17,37 +17,35 @@ if TYPE_CHECKING:
     from mball.memory.engine_image import Vault
 
 
-class Rpc:
-    """Mixed into vLLM's worker class, whose attributes must not be named as these are."""
+class Process(Protocol):
+    """What vLLM's worker class has by itself, and by MBALL's own for its kind of device."""
 
-    _mball_vault: Vault | None = None
+    rank: int
 
     def mball_describe(self) -> dict[str, Any]:
         """Bytes of weights, of KV and of this process's part of an image, and free on the device (None: unknown)."""
-        raise NotImplementedError
-
-    def _mball_make_vault(self) -> Vault:
-        raise NotImplementedError
 
     def mball_vault(self) -> Vault:
-        if self._mball_vault is None:
-            self._mball_vault = self._mball_make_vault()
-        return self._mball_vault
+        """One for the process's whole life."""
 
-    def mball_fill_image(self, path: str, offsets: list[int]) -> None:
+
+class Rpc:
+    """Mixed into vLLM's worker class, whose attributes must not be named as these are."""
+
+    def mball_fill_image(self: Process, path: str, offsets: list[int]) -> None:
         """Begins to fill this process's part of the image at `path`: from `offsets[rank]` on. `mball_image` tells."""
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            self.mball_vault().fill(fd, offsets[self.rank])  # type: ignore[attr-defined]
+            self.mball_vault().fill(fd, offsets[self.rank])
         finally:
             os.close(fd)
 
-    def mball_image(self) -> dict[str, Any]:
+    def mball_image(self: Process) -> dict[str, Any]:
         """`state`: none, filling, ready or failed, then with an `error`."""
         filling = self.mball_vault().filling
         return {"state": "none"} if filling is None else {"state": filling.state, "error": filling.error}
 
-    def mball_drop_image(self) -> dict[str, Any]:
+    def mball_drop_image(self: Process) -> dict[str, Any]:
         """Ends a filling under way, and lets go of the image; `lost`: the parameters, which were in it alone. What no
         reload of the weights makes is kept."""
         buffers = [tensor.untyped_storage().data_ptr() for tensor in vllm_compat.model_of(self).buffers()]
