@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import signal
 import socket
 import threading
 from collections.abc import Coroutine, Iterator
@@ -22,6 +21,7 @@ from mball.memory import control
 from mball.memory.spec import WorkerSpec
 from mball.server.engine import footprint, open_engine
 from mball.server.worker.app import create_app
+from mball.server.worker.manners import stopped_by_signals
 from mball.server.worker.service import Service
 from mball.server.worker.threads import in_thread
 from mball.server.worker.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ async def run(control_fd: int, spec: WorkerSpec) -> int:
     """The exit code: 0 after a stop, 1 where the model could not be opened (the manager was told why)."""
     stopping = asyncio.Event()
     channel = control.Channel(socket.socket(fileno=control_fd))
-    with _stopped_by_signals(stopping), contextlib.closing(channel):
+    with stopped_by_signals(stopping), contextlib.closing(channel):
         try:
             service = _open(spec)
             # What is there now stays: each later collection, one a demotion, looks at new objects alone.
@@ -152,18 +152,6 @@ async def _serve(
     for part in (http, manager):
         if not part.cancelled() and (error := part.exception()) is not None:
             raise error
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(stopping: asyncio.Event) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
 
 
 def _bound_the_exit() -> None:

@@ -21,6 +21,7 @@ from mball.loader.registered import IMAGES
 from mball.memory.control import Asker, Channel, ChannelClosed, Handler, Message
 from mball.server.engine.api import GenerateRequest, Output, SamplingParams
 from mball.server.engine.resident import torch_device
+from mball.server.worker.manners import Fence, no_descriptor
 from mball.server.worker.service import Service
 from mball.server.worker.threads import in_thread
 from mball.swap.slots import Slots
@@ -34,10 +35,7 @@ _log = structlog.get_logger(__name__)
 
 class Verbs:
     """The residency verbs run one at a time, each in a thread; `status`, `stop` and the filling of an image, which
-    reads the shards alone, at any time.
-
-    A verb that carries an epoch below one seen before comes from a lease that has ended, and is refused.
-    """
+    reads the shards alone, at any time."""
 
     def __init__(
         self, service: Service, channel: Channel, stop: Callable[[], None], asker: Asker | None = None
@@ -49,7 +47,7 @@ class Verbs:
         self._moving = asyncio.Lock()
         self._filling = asyncio.Lock()
         self._unwanted = threading.Event()
-        self._epoch = 0
+        self._fence = Fence()
         self._image_fd: int | None = None
         self._registering: asyncio.Task[None] | None = None
         self._asker = asker
@@ -84,9 +82,9 @@ class Verbs:
             self._image_fd = None
 
     async def _promote(self, message: Message, fd: int | None) -> Message:
-        _no_descriptor(fd)
+        no_descriptor(fd)
         async with self._moving:
-            self._fence(message)
+            self._fence.check(message)
             progress = _Progress(self._channel)
             try:
                 promoted = await in_thread(lambda: self._service.engine.promote(self._image_fd, progress.report))
@@ -97,10 +95,10 @@ class Verbs:
             return dataclasses.asdict(promoted)
 
     async def _demote(self, message: Message, fd: int | None) -> Message:
-        _no_descriptor(fd)
+        no_descriptor(fd)
         began = time.perf_counter()
         async with self._moving:
-            self._fence(message)
+            self._fence.check(message)
             self._service.close_gate()
             async with self._service.embedding:
                 demoted = await in_thread(self._service.engine.demote)
@@ -111,18 +109,18 @@ class Verbs:
 
     async def _balloon(self, message: Message, fd: int | None) -> Message:
         """`bytes` of device memory that the engine does without from now on; `gently`: only what nobody uses."""
-        _no_descriptor(fd)
+        no_descriptor(fd)
         nbytes, gently = message.get("bytes"), message.get("gently", False)
         if not isinstance(nbytes, int) or not isinstance(gently, bool):
             raise TransitionError(f"balloon: bytes and gently are {nbytes!r} and {gently!r}")
         async with self._moving:
-            self._fence(message)
+            self._fence.check(message)
             ballooned = await in_thread(lambda: self._service.engine.balloon(nbytes, gently=gently))
             _log.info("ballooned", **dataclasses.asdict(ballooned))
             return dataclasses.asdict(ballooned)
 
     async def _threads(self, message: Message, fd: int | None) -> Message:
-        _no_descriptor(fd)
+        no_descriptor(fd)
         threads = message.get("threads")
         if not isinstance(threads, int) or threads < 1:
             raise TransitionError(f"threads: {threads!r} is no number of threads")
@@ -173,7 +171,7 @@ class Verbs:
 
     async def _drop_image(self, message: Message, fd: int | None) -> Message:
         """Also one that is being filled: that ends at once, with an error."""
-        _no_descriptor(fd)
+        no_descriptor(fd)
         self._unwanted.set()
         async with self._filling, self._moving:
             await in_thread(lambda: self._service.engine.use_image(None))
@@ -196,7 +194,7 @@ class Verbs:
 
     async def _canary(self, message: Message, fd: int | None) -> Message:
         """One greedy token, or one vector."""
-        _no_descriptor(fd)
+        no_descriptor(fd)
         began = time.perf_counter()
         if self._service.spec.task == "embed":
             embedder = self._service.embedder("canary")
@@ -231,19 +229,13 @@ class Verbs:
             raise TransitionError(f"canary: {output.error or output.finish_reason}")
 
     async def _status(self, message: Message, fd: int | None) -> Message:
-        _no_descriptor(fd)
+        no_descriptor(fd)
         return self._service.status()
 
     async def _stopped(self, message: Message, fd: int | None) -> Message:
-        _no_descriptor(fd)
+        no_descriptor(fd)
         self._stop()
         return {}
-
-    def _fence(self, message: Message) -> None:
-        epoch = message.get("epoch", 0)
-        if not isinstance(epoch, int) or epoch < self._epoch:
-            raise TransitionError(f"the lease of epoch {epoch!r} has ended: epoch {self._epoch} was seen")
-        self._epoch = epoch
 
 
 class _Progress:
@@ -288,9 +280,3 @@ def trimmed_private_bytes() -> int:
 def _registered(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         _log.warning("image not registered ahead of need", error=str(error))
-
-
-def _no_descriptor(fd: int | None) -> None:
-    if fd is not None:
-        os.close(fd)
-        raise TransitionError("a descriptor came with a verb that takes none")

@@ -10,12 +10,10 @@ import argparse
 import asyncio
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 
 from mball.device import prctl
 from mball.errors import ConfigError, EngineUnsupported, MballError, TransitionError
@@ -23,6 +21,7 @@ from mball.loader import vllm_compat
 from mball.memory import control, vllm_options
 from mball.memory.estimate import estimate
 from mball.memory.spec import WorkerSpec
+from mball.server.worker.manners import stopped_by_signals
 from mball.server.worker.vllm_http import VllmClient
 from mball.server.worker.vllm_verbs import VllmVerbs, describe, fingerprints, private_bytes
 
@@ -48,7 +47,7 @@ async def run(control_fd: int, spec: WorkerSpec) -> int:
     """The exit code: 0 after a stop, 1 where the server did not start or ended by itself."""
     stopping = asyncio.Event()
     channel = control.Channel(socket.socket(fileno=control_fd))
-    with _stopped_by_signals(stopping), contextlib.closing(channel):
+    with stopped_by_signals(stopping), contextlib.closing(channel):
         try:
             vllm_compat.check_version()
             command = vllm_options.command(spec, kv_bytes(spec))
@@ -136,18 +135,6 @@ def _end(server: subprocess.Popen[bytes]) -> None:
         end()
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(deadline_s)
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(stopping: asyncio.Event) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    try:
-        yield
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from mball.device import proc
 from mball.errors import TransitionError
 from mball.memory.control import Handler, Message
 from mball.memory.spec import WorkerSpec
+from mball.server.worker.manners import Fence, no_descriptor
 from mball.server.worker.vllm_http import VllmClient
 from mball.units import format_bytes
 
@@ -73,7 +74,7 @@ class VllmVerbs:
         self._awake = awake
         self._stop = stop
         self._moving = asyncio.Lock()
-        self._epoch = 0
+        self._fence = Fence()
         self._image = self._filling = False
         self._asleep: int | None = None
         self._fingerprints = loaded
@@ -95,10 +96,10 @@ class VllmVerbs:
         }
 
     async def _promote(self, message: Message, fd: int | None) -> Message:
-        _no_descriptor(fd)
+        no_descriptor(fd)
         began = time.perf_counter()
         async with self._moving:
-            self._fence(message)
+            self._fence.check(message)
             if self._asleep == 1:
                 await self._client.post("/wake_up", deadline_s=MOVE_S)
             elif self._asleep == 2:
@@ -117,10 +118,10 @@ class VllmVerbs:
 
     async def _demote(self, message: Message, fd: int | None) -> Message:
         """With an image nothing is copied; without one the weights are forgotten, and read again from their files."""
-        _no_descriptor(fd)
+        no_descriptor(fd)
         began = time.perf_counter()
         async with self._moving:
-            self._fence(message)
+            self._fence.check(message)
             # One that is being filled now is waited for by whoever puts the weights away.
             level = 1 if self._image or self._filling or not self._forgets else 2
             if level == 2:
@@ -147,14 +148,14 @@ class VllmVerbs:
         return -((await describe(self._client)).free_bytes or 0)
 
     async def _balloon(self, message: Message, fd: int | None) -> Message:
-        _no_descriptor(fd)
+        no_descriptor(fd)
         if message.get("bytes"):
             raise TransitionError(f"{self._spec.model}: vLLM's KV cache can't be made smaller while it lives")
         return {"ballooned_bytes": 0}
 
     async def _threads(self, message: Message, fd: int | None) -> Message:
         """vLLM binds its threads once, when it starts."""
-        _no_descriptor(fd)
+        no_descriptor(fd)
         return {}
 
     async def _take_image(self, message: Message, fd: int | None) -> Message:
@@ -189,7 +190,7 @@ class VllmVerbs:
                 await asyncio.sleep(_IMAGE_POLL_S)
 
     async def _drop_image(self, message: Message, fd: int | None) -> Message:
-        _no_descriptor(fd)
+        no_descriptor(fd)
         async with self._moving:
             if self._asleep == 1 and not self._forgets:
                 raise TransitionError("image: its adapters' weights are in it alone")
@@ -207,7 +208,7 @@ class VllmVerbs:
 
     async def _canary(self, message: Message, fd: int | None) -> Message:
         """One greedy token, or one vector."""
-        _no_descriptor(fd)
+        no_descriptor(fd)
         began = time.perf_counter()
         if self._spec.task == "embed":
             body: dict[str, Any] = {"model": self._spec.model, "input": "The"}
@@ -221,23 +222,11 @@ class VllmVerbs:
 
     async def _status(self, message: Message, fd: int | None) -> Message:
         """No answer of the engine's is none of ours: the manager ends what hangs."""
-        _no_descriptor(fd)
+        no_descriptor(fd)
         await self._client.get("/health", deadline_s=ANSWER_S)
         return {"engine": "vllm", "asleep": self._asleep, "image": self._image, "spare_bytes": 0}
 
     async def _stopped(self, message: Message, fd: int | None) -> Message:
-        _no_descriptor(fd)
+        no_descriptor(fd)
         self._stop()
         return {}
-
-    def _fence(self, message: Message) -> None:
-        epoch = message.get("epoch", 0)
-        if not isinstance(epoch, int) or epoch < self._epoch:
-            raise TransitionError(f"the lease of epoch {epoch!r} has ended: epoch {self._epoch} was seen")
-        self._epoch = epoch
-
-
-def _no_descriptor(fd: int | None) -> None:
-    if fd is not None:
-        os.close(fd)
-        raise TransitionError("a descriptor came with a verb that takes none")
