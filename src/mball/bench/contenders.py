@@ -197,6 +197,20 @@ def prepare(spec: Spec) -> Callable[[bool], dict[str, Any]]:
     return lambda digest: measure.on_gpu(loader, nbytes, spec.device, digest=digest, limit_s=limit_s)
 
 
+def in_turn(measure: Callable[[bool], dict[str, Any]]) -> dict[str, Any]:
+    """Says READY, and measures once its turn has come, given whether digests are wanted; what fails is the result, with
+    the reason."""
+    sys.stdout.write(f"{READY}\n")
+    sys.stdout.flush()
+    said = sys.stdin.readline()
+    if not said:
+        return {"cannot": "it was not wanted any more"}
+    try:
+        return measure(json.loads(said)["digest"])
+    except (Cannot, MballError, OSError, RuntimeError, ValueError) as error:
+        return {"cannot": f"{type(error).__name__}: {error}"}
+
+
 def main(argument: str) -> dict[str, Any]:
     try:
         run = prepare(Spec(**json.loads(argument)))
@@ -204,15 +218,7 @@ def main(argument: str) -> dict[str, Any]:
         return {"cannot": f"not installed ({error})"}
     except (Cannot, ImportError, MballError) as error:
         return {"cannot": str(error)}
-    sys.stdout.write(f"{READY}\n")
-    sys.stdout.flush()
-    said = sys.stdin.readline()
-    if not said:
-        return {"cannot": "it was not wanted any more"}
-    try:
-        return run(json.loads(said)["digest"])
-    except (Cannot, MballError, OSError, RuntimeError) as error:
-        return {"cannot": f"{type(error).__name__}: {error}"}
+    return in_turn(run)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mball.bench import machine
 from mball.bench.kv_contenders import CLEARLY, DRAM, STORE, Spec
-from mball.bench.report import Column, Report, Spread, markdown, plot, table, to_json
+from mball.bench.report import Column, Kept, Report, Spread
 from mball.bench.runner import Contender, Outcome, run
 from mball.errors import ConfigError
 from mball.loader import Checkpoint
@@ -87,32 +87,20 @@ def run_kv(
     console = console or Console()
     settings.check()
     report = _report(model_path, Checkpoint.open(model_path), settings)
-
-    def keep(outcomes: list[Outcome]) -> None:
-        report.outcomes[:] = outcomes
-        if json_path is not None:
-            json_path.write_text(to_json([report]))
-
+    kept = Kept(report, json_path, plot_path, markdown_path)
     with console.status("starting") as status:
-        keep(
+        kept.round(
             run(
                 settings.contenders(model_path),
                 reference={},
                 rounds=settings.rounds,
                 timeout_s=settings.timeout_s,
                 progress=status.update,
-                after_round=keep,
+                after_round=kept.round,
             )
         )
-    report.notes[:] = [*verdicts(report), *report.notes]
-    keep(report.outcomes)
-    console.print(table(report, COLUMNS))
-    if plot_path is not None:
-        series = [(mode, lambda o, mode=mode: _of(o, f"{mode}_s", 1e3)) for mode in ("computed", "restored", "gate")]
-        plot(report, plot_path, series, "ms to the first token")
-    if markdown_path is not None:
-        name = f"{plot_path.name}.svg" if plot_path is not None else None
-        markdown_path.write_text(markdown(report, COLUMNS, name))
+    series = [(mode, lambda o, mode=mode: _of(o, f"{mode}_s", 1e3)) for mode in ("computed", "restored", "gate")]
+    kept.end(console, verdicts(report), COLUMNS, series, "ms to the first token")
     return report
 
 

@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mball.bench.contenders import READY, Cannot
-from mball.errors import MballError
+from mball.bench.contenders import Cannot, in_turn
 from mball.swap.kv_local import LocalBlocks
 from mball.swap.layout import BLOCK_BYTES, whole_blocks
 from mball.swap.place import Place, Run
@@ -292,14 +291,7 @@ def main(argument: str) -> dict[str, Any]:
             return {"cannot": f"torch {torch.__version__} finds no GPU here"}
     except ImportError as error:
         return {"cannot": f"not installed ({error})"}
-    sys.stdout.write(f"{READY}\n")
-    sys.stdout.flush()
-    if not sys.stdin.readline():
-        return {"cannot": "it was not wanted any more"}
-    try:
-        return measure(spec)
-    except (Cannot, MballError, OSError, RuntimeError, ValueError) as error:
-        return {"cannot": f"{type(error).__name__}: {error}"}
+    return in_turn(lambda _: measure(spec))
 
 
 if __name__ == "__main__":

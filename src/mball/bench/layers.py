@@ -17,7 +17,7 @@ from rich.console import Console
 from mball.bench import contenders, layers_vllm, machine, pagecache
 from mball.bench.baselines import BUS
 from mball.bench.layers_contenders import ACCELERATE, MBALL, VLLM, Spec
-from mball.bench.report import Column, Report, Spread, markdown, plot, table, to_json
+from mball.bench.report import Column, Kept, Report, Spread
 from mball.bench.runner import Contender, Outcome, run
 from mball.errors import ConfigError
 from mball.loader import Checkpoint, image
@@ -82,35 +82,23 @@ def run_layers(
     sizes = _sizes(model_path, checkpoint)
     cells = max(LEAST_SLOTS, sizes.count - round(settings.share * sizes.count) + LEAST_SLOTS)
     report = _report(model_path, checkpoint, settings, sizes)
-
-    def keep(outcomes: list[Outcome]) -> None:
-        report.outcomes[:] = outcomes
-        if json_path is not None:
-            json_path.write_text(to_json([report]))
-
+    kept = Kept(report, json_path, plot_path, markdown_path)
     with (
         _contenders(model_path, checkpoint, settings, sizes.held_bytes(cells)) as contenders,
         console.status("starting") as status,
     ):
-        keep(
+        kept.round(
             run(
                 contenders,
                 reference={},
                 rounds=settings.rounds,
                 timeout_s=settings.timeout_s,
                 progress=status.update,
-                after_round=keep,
+                after_round=kept.round,
             )
         )
-    report.notes[:] = [*_verdicts(report), *report.notes]
-    keep(report.outcomes)
-    console.print(table(report, COLUMNS))
-    if plot_path is not None:
-        series = [("a step", lambda o: _of(o, "step_s", 1e3)), ("the bound", lambda o: _of(o, "bound_s", 1e3))]
-        plot(report, plot_path, series, "ms")
-    if markdown_path is not None:
-        name = f"{plot_path.name}.svg" if plot_path is not None else None
-        markdown_path.write_text(markdown(report, COLUMNS, name))
+    series = [("a step", lambda o: _of(o, "step_s", 1e3)), ("the bound", lambda o: _of(o, "bound_s", 1e3))]
+    kept.end(console, _verdicts(report), COLUMNS, series, "ms")
     return report
 
 

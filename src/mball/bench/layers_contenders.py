@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from mball.bench import pagecache, raw_disk
-from mball.bench.contenders import READY, Cannot
-from mball.errors import MballError
+from mball.bench.contenders import Cannot, in_turn
 
 MBALL = "mball"
 ACCELERATE = "accelerate device_map"
@@ -304,17 +303,10 @@ def main(argument: str) -> dict[str, Any]:
         versions: Sequence[str] = (_accelerate.__version__, transformers.__version__)
     except ImportError as error:
         return {"cannot": f"not installed ({error})"}
-    sys.stdout.write(f"{READY}\n")
-    sys.stdout.flush()
-    if not sys.stdin.readline():
-        return {"cannot": "it was not wanted any more"}
-    try:
-        result = CONTENDERS[spec.contender](spec)
-        if spec.contender == ACCELERATE:
-            result["facts"]["version"] = versions[0]
-        return result
-    except (Cannot, MballError, OSError, RuntimeError, ValueError) as error:
-        return {"cannot": f"{type(error).__name__}: {error}"}
+    result = in_turn(lambda _: CONTENDERS[spec.contender](spec))
+    if spec.contender == ACCELERATE and "facts" in result:
+        result["facts"]["version"] = versions[0]
+    return result
 
 
 if __name__ == "__main__":

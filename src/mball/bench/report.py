@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -142,6 +142,40 @@ def plot(report: Report, stem: Path, series: Sequence[tuple[str, Callable[[Outco
         axes.legend(fontsize=8, frameon=False, loc="best")
     for suffix in (".svg", ".png"):
         figure.savefig(stem.with_suffix(suffix), dpi=150)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Where a report goes: JSON after every round, so that a run that is cut off leaves its rounds; the rest at the
+    end. `plot` is the stem of an SVG and a PNG."""
+
+    report: Report
+    json: Path | None = None
+    plot: Path | None = None
+    markdown: Path | None = None
+
+    def round(self, outcomes: list[Outcome]) -> None:
+        self.report.outcomes[:] = outcomes
+        if self.json is not None:
+            self.json.write_text(to_json([self.report]))
+
+    def end(
+        self,
+        console: Console,
+        verdicts: Sequence[str],
+        columns: Sequence[Column],
+        series: Sequence[tuple[str, Callable[[Outcome], list[float]]]],
+        unit: str,
+    ) -> None:
+        """The verdicts stand before the notes. Raises ImportError for a plot without matplotlib."""
+        self.report.notes[:] = [*verdicts, *self.report.notes]
+        self.round(list(self.report.outcomes))
+        console.print(table(self.report, columns))
+        if self.plot is not None:
+            plot(self.report, self.plot, series, unit)
+        if self.markdown is not None:
+            name = f"{self.plot.name}.svg" if self.plot is not None else None
+            self.markdown.write_text(markdown(self.report, columns, name))
 
 
 def _rows(report: Report, columns: Sequence[Column]) -> list[tuple[str, list[str]]]:

@@ -3,7 +3,6 @@ speaks as mball.bench.contenders does."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import secrets
@@ -17,8 +16,7 @@ from typing import Any
 
 import xxhash
 
-from mball.bench.contenders import READY, Cannot
-from mball.errors import MballError
+from mball.bench.contenders import Cannot, in_turn
 from mball.swap.book import Lease, Want
 from mball.swap.disk import aligned
 from mball.swap.index import Kind
@@ -171,15 +169,7 @@ def main(argument: str) -> dict[str, Any]:
     # Every page is there before the clock.
     target[:] = source
     target[: spec.slot_bytes] = bytes(spec.slot_bytes)
-    run = functools.partial(_turn, spec, source, target)
-    sys.stdout.write(f"{READY}\n")
-    sys.stdout.flush()
-    if not sys.stdin.readline():
-        return {"cannot": "it was not wanted any more"}
-    try:
-        return run()
-    except (Cannot, MballError, OSError) as error:
-        return {"cannot": f"{type(error).__name__}: {error}"}
+    return in_turn(lambda _: _turn(spec, source, target))
 
 
 def names(depths: Sequence[int]) -> list[str]:

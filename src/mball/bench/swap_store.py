@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mball.bench import machine
-from mball.bench.report import Column, Report, Spread, markdown, plot, table, to_json
+from mball.bench.report import Column, Kept, Report, Spread
 from mball.bench.runner import TIMEOUT_S, Contender, Outcome, run
 from mball.bench.swap_contenders import BLOCKS, IMAGE, Spec, is_raw, names, pattern
 from mball.errors import ConfigError
@@ -68,12 +68,7 @@ def run_store(
     console = console or Console()
     settings.check()
     report = _report(settings)
-
-    def keep(outcomes: list[Outcome]) -> None:
-        report.outcomes[:] = outcomes
-        if json_path is not None:
-            json_path.write_text(to_json([report]))
-
+    kept = Kept(report, json_path, plot_path, markdown_path)
     with console.status("writing the files once") as status, _contenders(settings) as contenders:
         outcomes: list[Outcome] = []
         for number in range(settings.rounds):
@@ -83,15 +78,9 @@ def run_store(
                 status.update(f"round {number + 1} of {settings.rounds}: {contender.name}")
                 _merge(outcomes, run([contender], reference={}, rounds=1, timeout_s=settings.timeout_s))
             outcomes.sort(key=lambda outcome: names(settings.depths).index(outcome.name))
-            keep(outcomes)
-    report.notes[:] = [*verdicts(report), *report.notes]
-    keep(report.outcomes)
-    console.print(table(report, COLUMNS))
-    if plot_path is not None:
-        plot(report, plot_path, [(way, lambda o, way=way: rates(o, way)) for way in WANTED], "GiB/s")  # type: ignore[misc]
-    if markdown_path is not None:
-        name = f"{plot_path.name}.svg" if plot_path is not None else None
-        markdown_path.write_text(markdown(report, COLUMNS, name))
+            kept.round(outcomes)
+    series = [(way, lambda o, way=way: rates(o, way)) for way in WANTED]
+    kept.end(console, verdicts(report), COLUMNS, series, "GiB/s")
     return report
 
 
