@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from mball.errors import TensorMismatch
 from mball.loader.checkpoint import Checkpoint, TensorInfo
 from mball.loader.dtypes import TORCH, torch_shape
 from mball.loader.header import BITS
@@ -42,7 +43,26 @@ class Slot:
         return self.tensor.numel() * self.dtype.itemsize
 
 
-def match(
+def slots_of(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    sources: Mapping[str, Sequence[Piece]],
+    ignore: Collection[str],
+    device: torch.device,
+) -> list[Slot]:
+    """The module's tensors with their pieces, in the order of the files; its other buffers are on `device` from now on.
+
+    Raises TensorMismatch, which lists what does not fit.
+    """
+    slots, defects = _match(module, checkpoint, dtype, sources, ignore)
+    defects += _keep_other_buffers(module, {id(slot.tensor) for slot in slots}, device)
+    if defects:
+        raise TensorMismatch("; ".join(defects), file=str(checkpoint.path))
+    return sorted(slots, key=lambda slot: _first_byte(slot, checkpoint))
+
+
+def _match(
     module: nn.Module,
     checkpoint: Checkpoint,
     dtype: torch.dtype | None,
@@ -109,7 +129,7 @@ def _castable(stored: torch.dtype, wanted: torch.dtype) -> bool:
     return stored == wanted or (stored.is_floating_point and wanted.is_floating_point)
 
 
-def keep_other_buffers(module: nn.Module, matched: set[int], device: torch.device) -> list[str]:
+def _keep_other_buffers(module: nn.Module, matched: set[int], device: torch.device) -> list[str]:
     """Move the buffers that are not loaded to the device; names those that were never given a value."""
     empty: list[str] = []
     for prefix, child in module.named_modules():
@@ -128,7 +148,7 @@ def _listed(kind: str, names: list[str]) -> str:
     return f"{kind}: {', '.join(names[:_NAMED])}{more}"
 
 
-def first_byte(slot: Slot, checkpoint: Checkpoint) -> tuple[int, int]:
+def _first_byte(slot: Slot, checkpoint: Checkpoint) -> tuple[int, int]:
     return min((info.shard, info.start) for info in (checkpoint.tensors[piece.tensor] for piece in slot.pieces))
 
 

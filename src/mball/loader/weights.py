@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from mball.device.account import Account
-from mball.errors import TensorMismatch
-from mball.loader.binding import Piece, Slot, extents_of, first_byte, keep_other_buffers, match
+from mball.loader.binding import Piece, Slot, extents_of, slots_of
 from mball.loader.checkpoint import Checkpoint
 from mball.loader.fill import Options, fill
 from mball.loader.hub import resolve
@@ -72,11 +71,7 @@ class Weights:
 
         Raises TensorMismatch, which lists what is missing, unexpected or of another shape.
         """
-        slots, defects = match(module, checkpoint, dtype, sources or {}, ignore)
-        defects += keep_other_buffers(module, {id(slot.tensor) for slot in slots}, device)
-        if defects:
-            raise TensorMismatch("; ".join(defects), file=str(checkpoint.path))
-        slots.sort(key=lambda slot: first_byte(slot, checkpoint))
+        slots = slots_of(module, checkpoint, dtype, sources or {}, ignore, device)
         nbytes = 0
         for slot in slots:
             slot.offset = aligned(nbytes)

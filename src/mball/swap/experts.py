@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from mball.device.account import Account, OpenAccount
-from mball.errors import TensorMismatch
-from mball.loader.binding import Piece, Slot, extents_of, first_byte, keep_other_buffers, match
+from mball.loader.binding import Piece, Slot, extents_of, slots_of
 from mball.loader.checkpoint import Checkpoint
 from mball.loader.plan import Extent, aligned
 from mball.swap.experts_stream import ExpertStream
@@ -76,11 +75,7 @@ class ExpertWeights(StreamedWeights):
 
         All else stays on the device. Raises as `LayeredWeights.bind`.
         """
-        slots, defects = match(module, checkpoint, dtype, sources or {}, ignore)
-        defects += keep_other_buffers(module, {id(slot.tensor) for slot in slots}, device)
-        if defects:
-            raise TensorMismatch("; ".join(defects), file=str(checkpoint.path))
-        slots.sort(key=lambda slot: first_byte(slot, checkpoint))
+        slots = slots_of(module, checkpoint, dtype, sources or {}, ignore, device)
         layer_of = {id(own): layer for layer, own in enumerate(experts)}
         rest = [slot for slot in slots if id(slot.places[0][0]) not in layer_of]
         counts: list[int] = []

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from mball.device.account import Account, OpenAccount
-from mball.errors import TensorMismatch
-from mball.loader.binding import Piece, Slot, extents_of, first_byte, keep_other_buffers, match
+from mball.loader.binding import Piece, Slot, extents_of, slots_of
 from mball.loader.checkpoint import Checkpoint
 from mball.swap.layers_cells import Cells
 from mball.swap.layers_copy import Parts
@@ -58,11 +57,7 @@ class LayeredWeights(StreamedWeights):
         them, stay on the device. Raises TensorMismatch; UnsupportedCheckpoint where a GPU would have to cast layers as
         they pass; DeviceError.
         """
-        slots, defects = match(module, checkpoint, dtype, sources or {}, ignore)
-        defects += keep_other_buffers(module, {id(slot.tensor) for slot in slots}, device)
-        if defects:
-            raise TensorMismatch("; ".join(defects), file=str(checkpoint.path))
-        slots.sort(key=lambda slot: first_byte(slot, checkpoint))
+        slots = slots_of(module, checkpoint, dtype, sources or {}, ignore, device)
         rest, of_layers = _divided(slots, layers)
         rest_bytes = paged(laid_out(rest))
         cell_bytes = paged(max(laid_out(own) for own in of_layers))
