@@ -31,7 +31,8 @@ class _Sequence:
 
 
 class EchoEngine:
-    """Gives the prompt back by default, then the end token, one token a step for each sequence.
+    """Gives the prompt back by default, then the end token, one token a step for each sequence. Half of each prompt, it
+    says, was cached.
 
     A step waits for `step_s`. `submitted` holds every request, `live` those that still run. `break_with` makes the
     next step of every sequence end with that error.
@@ -150,7 +151,8 @@ class EchoEngine:
         elif sequence.done >= sampling.max_tokens:
             reason = "length"
         if sampling.logprobs is None:
-            return Output(token, finish_reason=reason)
+            cached = len(sequence.request.prompt) // 2 if sequence.done == 1 else 0
+            return Output(token, finish_reason=reason, cached_tokens=cached)
         tops = tuple(Logprob((token + i) % self.vocab_size, -0.5 - i) for i in range(sampling.logprobs))
         return Output(token, Logprob(token, -0.5), tops, finish_reason=reason)
 

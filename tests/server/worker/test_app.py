@@ -135,6 +135,7 @@ async def test_completions_of_every_kind_of_prompt(worker: Worker, tokenizer: To
         assert [list(request.prompt) for request in worker.engine.submitted] == [p for p in expected for _ in range(2)]
         assert [choice.index for choice in answer.choices] == list(range(2 * len(expected)))
         assert answer.usage.prompt_tokens == sum(map(len, expected))
+        assert answer.usage.prompt_tokens_details.cached_tokens == sum(len(prompt) // 2 for prompt in expected)
 
 
 async def test_the_default_length_of_a_completion_is_openais(worker: Worker) -> None:

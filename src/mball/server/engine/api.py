@@ -62,7 +62,8 @@ class Output:
     """One step of one sequence.
 
     `token_id` is None only in a last output that carries no token (abort, error). A stop token is delivered, with
-    `finish_reason` "stop"; the worker leaves it out of the text.
+    `finish_reason` "stop"; the worker leaves it out of the text. The first one says how many tokens of the prompt were
+    not computed (`cached_tokens`).
     """
 
     token_id: int | None
@@ -71,6 +72,7 @@ class Output:
     prompt_logprobs: tuple[Logprob | None, ...] | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    cached_tokens: int = 0
 
 
 Emit = Callable[[Output], None]

@@ -417,7 +417,7 @@ class GenerateEngine:
             if output is None:
                 if draw.token_id is not None:
                     sequence.tokens.append(draw.token_id)
-                output = sequence.owner.accept(draw, len(sequence.tokens))
+                output = sequence.owner.accept(draw, len(sequence.tokens), sequence.num_cached or 0)
             self._deliver(sequence, output)
 
     def _deliver(self, sequence: Sequence[Request], output: Output) -> None:

@@ -41,8 +41,9 @@ class Request:
         """What the sampler needs to draw the token at index `length`."""
         return Row(self.sampling, length, length - self.num_prompt, self.counts)
 
-    def accept(self, drawn: Drawn, length: int) -> Output:
-        """The output for a drawn token that makes the sequence `length` tokens long."""
+    def accept(self, drawn: Drawn, length: int, num_cached: int = 0) -> Output:
+        """The output for a drawn token that makes the sequence `length` tokens long; of its prompt so many tokens were
+        not computed."""
         token = drawn.token_id
         if token is None:
             return Output(None, finish_reason="error", error="the model's logits are not finite")
@@ -53,7 +54,9 @@ class Request:
             reason = "stop"
         elif length >= self.max_length:
             reason = "length"
-        return Output(token, drawn.logprob, drawn.top_logprobs, self._take_prompt_logprobs(), reason)
+        cached = num_cached if length == self.num_prompt + 1 else 0
+        found = self._take_prompt_logprobs()
+        return Output(token, drawn.logprob, drawn.top_logprobs, found, reason, cached_tokens=cached)
 
     def ends_with_prompt(self) -> Output | None:
         """The only output of a request that wants no new token, as an echo with logprobs does."""

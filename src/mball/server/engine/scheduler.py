@@ -26,7 +26,8 @@ class Sequence(Generic[Owner]):
 
     `tokens` are prompt and output; the first `num_computed` of them have their keys and values in `blocks`.
     `chunk_limit` bounds the tokens of one step (None: the step's own bound). `owner` is the caller's. `chain` names its
-    blocks (None: it shares none). While `loading` it waits for blocks from a store.
+    blocks (None: it shares none). While `loading` it waits for blocks from a store. `num_cached` tokens were there when
+    it first ran (None: it has not).
     """
 
     request_id: str
@@ -36,6 +37,7 @@ class Sequence(Generic[Owner]):
     chain: Chain | None = None
     loading: Loading | None = None
     num_computed: int = 0
+    num_cached: int | None = None
     blocks: list[int] = field(default_factory=list)
 
     @property
@@ -178,6 +180,8 @@ class Scheduler(Generic[Owner]):
         self.waiting.remove(sequence)
         self.running.append(sequence)
         sequence.blocks, sequence.num_computed = blocks, len(blocks) * self.block_size
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
         return True
 
     def _chunk(self, sequence: Sequence[Owner], budget: int) -> int:

@@ -111,6 +111,7 @@ class Answer(Response):
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": generation.completion_tokens,
             "total_tokens": self._prompt_tokens + generation.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
         }
 
 

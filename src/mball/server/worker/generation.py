@@ -102,6 +102,7 @@ class _Choice:
         self.index = index
         self.done = False
         self.tokens = 0
+        self.cached_tokens = 0
         self._detokenizer = Detokenizer(tokenizer.decode, job.prompt)
         self._stops = StopStrings(stops)
         self._min_tokens = job.sampling.min_tokens
@@ -110,6 +111,7 @@ class _Choice:
     def take(self, output: Output, delta: Delta) -> bool:
         """Adds the output to the delta; True where a stop string ended the sequence before the engine did."""
         text, met = "", False
+        self.cached_tokens += output.cached_tokens
         if output.token_id is not None:
             self.tokens += 1
             # A stop token is no part of the text.
@@ -147,6 +149,12 @@ class Generation:
     @property
     def completion_tokens(self) -> int:
         return sum(choice.tokens for choice in self._choices)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of all prompts, each counted once: those of its first choice that were not computed."""
+        first = {id(job.prompt): choice for job, choice in reversed(list(zip(self._jobs, self._choices, strict=True)))}
+        return sum(choice.cached_tokens for choice in first.values())
 
     async def __aenter__(self) -> Generation:
         try:

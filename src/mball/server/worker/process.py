@@ -144,11 +144,12 @@ async def _serve(
     service.close()
     server.should_exit = True
     await asyncio.wait({http})
-    # A promotion under way can't be stopped; it ends, or the process does.
+    # A promotion under way can't be stopped; it ends, or the process does. The manager is still asked for slots, for
+    # the KV that goes to the store now.
+    await in_thread(service.engine.close)
     for task in (manager, stop):
         task.cancel()
     await asyncio.wait({manager, stop})
-    await in_thread(service.engine.close)
     for part in (http, manager):
         if not part.cancelled() and (error := part.exception()) is not None:
             raise error

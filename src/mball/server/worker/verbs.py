@@ -23,6 +23,7 @@ from mball.server.engine.api import GenerateRequest, Output, SamplingParams
 from mball.server.engine.resident import torch_device
 from mball.server.worker.manners import Fence, no_descriptor
 from mball.server.worker.service import Service
+from mball.server.worker.swap_client import RemoteBlockStore
 from mball.server.worker.threads import in_thread
 from mball.swap.slots import Slots
 
@@ -190,6 +191,9 @@ class Verbs:
         except (KeyError, TypeError, ValueError) as error:
             os.close(fd)
             raise TransitionError(f"swap: its layout is {message.get('slots')!r} ({error!r})") from None
+        if self._asker is not None and self._service.spec.task != "embed":
+            store = RemoteBlockStore(self._slots, self._asker, asyncio.get_running_loop())
+            await in_thread(lambda: self._service.generator("swap").use_block_store(store))
         return {}
 
     async def _canary(self, message: Message, fd: int | None) -> Message:
