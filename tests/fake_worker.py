@@ -43,7 +43,8 @@ MiB = 1 << 20
 @dataclass(frozen=True)
 class Knobs:
     """How this worker behaves. A step is start, promote, canary, demote, balloon, image, drop_image, stop or
-    request. Only where it `balloons` does it say what it could give up.
+    request. Only where it `balloons` does it say what it could give up, and `layer_bytes` after that, with which a
+    request would take `layer_s` longer.
 
     `crash_at`, `hang_at`, `fail_at` name the step at which it kills itself, never answers, or answers with an error.
     `leases`: so many blocks of the swap store it leases as soon as it has it, and never writes.
@@ -64,6 +65,8 @@ class Knobs:
     tokens: int = 4
     kept_bytes: int = 0
     balloons: bool = False
+    layer_bytes: int = 0
+    layer_s: float = 0.0
     deaf: bool = False
     orphan: bool = False
     leaves_group: bool = False
@@ -199,10 +202,11 @@ class FakeWorker:
         }
 
     async def balloon(self, message: control.Message, fd: int | None) -> control.Message:
-        """Of the KV, all but an eighth may go while nobody is inside, a half while somebody is."""
+        """Of the KV, all but an eighth may go while nobody is inside, a half while somebody is; then layers."""
         await self.fault("balloon")
         nbytes, kv_bytes = int(message["bytes"]), self.knobs.kv_bytes
-        if nbytes > kv_bytes - kv_bytes // 8 or (message["gently"] and nbytes - self.ballooned > self.spare):
+        most = self.gift + self.knobs.layer_bytes
+        if nbytes > most or (message["gently"] and nbytes - self.ballooned > self.spare):
             raise TransitionError(f"{nbytes} bytes can't be given up")
         if self.resident:
             if nbytes < self.ballooned:
@@ -211,7 +215,11 @@ class FakeWorker:
                 self.account.give(nbytes - self.ballooned)
             self.taken -= nbytes - self.ballooned
         self.ballooned = nbytes
-        return {"ballooned_bytes": nbytes, "kv_bytes": kv_bytes - nbytes, "total_s": 0.0}
+        return {"ballooned_bytes": nbytes, "kv_bytes": kv_bytes - min(nbytes, self.gift), "total_s": 0.0}
+
+    @property
+    def gift(self) -> int:
+        return self.knobs.kv_bytes - self.knobs.kv_bytes // 8
 
     @property
     def spare(self) -> int:
@@ -277,6 +285,8 @@ class FakeWorker:
             "drawn": drawn(),
             "threads": self.threads,
             "spare_bytes": self.spare if self.knobs.balloons else 0,
+            "layer_bytes": max(0, self.knobs.layer_bytes - max(0, self.ballooned - self.gift)),
+            "layer_s": self.knobs.layer_s,
         }
 
     async def stop(self, message: control.Message, fd: int | None) -> control.Message:

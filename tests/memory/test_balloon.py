@@ -107,6 +107,57 @@ async def test_it_is_let_out_where_there_is_room_again(serve: Serve, device: Sim
     books(running, device)
 
 
+DEEP = dataclasses.replace(SOFT, layer_bytes=30 * MiB, layer_s=0.01, promote_s=0.5)
+WIDE = Knobs(weights_bytes=74 * MiB, kv_bytes=6 * MiB)
+"""Needs 34 MiB that are not free beside a DEEP one, 6 more than nobody misses."""
+
+
+async def test_layers_go_before_a_whole_model_where_that_costs_less_and_come_back(
+    serve: Serve, device: SimulatedDevice
+) -> None:
+    settings = dataclasses.replace(QUICK, deflate_s=0.2)
+    running = await serve(model("a", DEEP), model("b", WIDE), settings=settings)
+    for _ in range(3):
+        await running.ask("a")
+    await running.until(lambda: running.state("a")["layer_bytes"] == 30 * MiB)
+    await running.ask("b")
+    a, b = running.state("a"), running.state("b")
+    assert a["shown_as"] == b["shown_as"] == "device"
+    assert a["demotions"] == 0
+    assert a["ballooned_bytes"] == 34 * MiB
+    told = [event for event in running.manager.snapshot()["events"] if event["kind"] == "ballooned"]
+    assert "for b: " in told[0]["reason"]
+    books(running, device)
+    for name in "abab":
+        assert await running.ask(name) == f"{name} 1 2 3 "
+    assert running.manager.snapshot()["promotions"] == 2
+    await running.manager.unload("b")
+    await running.until(lambda: running.state("a")["ballooned_bytes"] == 0)
+    assert running.state("a")["promised_bytes"] == 73 * MiB
+    books(running, device)
+
+
+async def test_a_whole_model_goes_where_streaming_it_would_cost_more(serve: Serve, device: SimulatedDevice) -> None:
+    running = await serve(model("a", dataclasses.replace(DEEP, layer_s=60.0)), model("b", WIDE))
+    await running.ask("a")
+    await running.until(lambda: running.state("a")["layer_bytes"] > 0)
+    await running.ask("b")
+    a = running.state("a")
+    assert (a["demotions"], a["ballooned_bytes"]) == (1, 0)
+    books(running, device)
+
+
+async def test_layers_that_cannot_be_given_after_all_cost_nobody_his_place(
+    serve: Serve, device: SimulatedDevice
+) -> None:
+    running = await serve(model("a", dataclasses.replace(DEEP, fail_at="balloon")), model("b", WIDE))
+    await running.ask("a")
+    await running.until(lambda: running.state("a")["layer_bytes"] > 0)
+    assert await running.ask("b") == "b 1 2 3 "
+    assert running.state("a")["demotions"] == 1
+    books(running, device)
+
+
 async def test_what_its_operator_gives_back_comes_when_there_is_room(serve: Serve, device: SimulatedDevice) -> None:
     settings = dataclasses.replace(QUICK, deflate_s=0.1)
     running = await serve(

@@ -137,3 +137,31 @@ def test_when_time_alone_helps() -> None:
     assert next_change_s(Snapshot(0, (staying,)), Demand("new", 50, wait_s=1.0, max_wait_s=2.0)) == 1.0
     pinned = dataclasses.replace(staying, pinned=True)
     assert next_change_s(Snapshot(0, (pinned,)), Demand("new", 50, wait_s=1.0)) is None
+
+
+LAYERED = Candidate("layered", 60, balloon_bytes=10, layer_bytes=40, rate=1.0, promote_s=3.0, layer_s=2.0, in_flight=2)
+"""All its layers cost 2 seconds of waiting a second."""
+
+
+def test_layers_go_where_that_costs_less_than_a_whole_model() -> None:
+    cheap = Candidate("cheap", 60, rate=0.4, promote_s=3.0)
+    dear = Candidate("dear", 60, rate=0.8, promote_s=3.0)
+    assert names(Snapshot(0, (LAYERED,)), Demand("new", 10)) == [("balloon", "layered")]
+    # 20 bytes beyond what nobody misses: 1 × 2 s × 20 ÷ 40.
+    assert names(Snapshot(0, (LAYERED, dear)), Demand("new", 30)) == [("layers", "layered")]
+    assert names(Snapshot(0, (LAYERED, dear)), Demand("new", 50)) == [("layers", "layered")]
+    assert names(Snapshot(0, (LAYERED, cheap)), Demand("new", 50)) == [("demote", "cheap")]
+    (move,) = plan(Snapshot(0, (LAYERED, dear)), Demand("new", 30)) or []
+    assert (move.frees_bytes, move.cost) == (30, 1.0)
+    assert "1 req/s × 1.00 s ÷ 30" in move.reason
+
+
+def test_layers_are_not_taken_from_whom_a_plan_may_not_slow() -> None:
+    for spared in (
+        dataclasses.replace(LAYERED, pinned=True),
+        dataclasses.replace(LAYERED, priority=1, min_stay_s=9.0),
+        dataclasses.replace(LAYERED, name="new"),
+    ):
+        assert names(Snapshot(0, (spared,)), Demand("new", 30)) is None
+    # Its door is shut already: it goes on leaving.
+    assert names(Snapshot(0, (dataclasses.replace(LAYERED, gated=True),)), Demand("new", 30)) == [("drain", "layered")]

@@ -26,6 +26,8 @@ def candidates(draw: st.DrawFn, name: str) -> Candidate:
         demote_bytes=demote_bytes,
         stop_bytes=draw(st.sampled_from([0, 2, 5])),
         balloon_bytes=draw(st.sampled_from([0, 0, demote_bytes // 3])),
+        layer_bytes=draw(st.sampled_from([0, 0, demote_bytes // 2])),
+        layer_s=draw(seconds),
         image_bytes=draw(st.sampled_from([0, 20, 45])),
         in_flight=draw(st.sampled_from([0, 0, 0, 2])),
         pinned=draw(st.sampled_from([False, False, False, True])),
@@ -67,7 +69,7 @@ def protected(c: Candidate, demand: Demand) -> bool:
     return c.demote_bytes > 0 and not c.gated and (c.stay_s < c.min_stay_s or above) and not (overdue and earned)
 
 
-def offers(c: Candidate, demand: Demand, *, busy: bool) -> list[tuple[int, float]]:
+def offers(c: Candidate, demand: Demand, lacking: int, *, busy: bool) -> list[tuple[int, float]]:
     """Device bytes and cost of everything that may be done to a model; (0, 0) is to leave it."""
     rate = max(c.rate, 1 / 86_400) * (1e-3 if c.gated else 1.0)
     found = [(0, 0.0)]
@@ -75,6 +77,11 @@ def offers(c: Candidate, demand: Demand, *, busy: bool) -> list[tuple[int, float
         return found
     if c.balloon_bytes:
         found.append((c.balloon_bytes, rate * max(c.balloon_s, 1e-3)))
+    if c.layer_bytes and not c.gated and c.priority <= demand.priority:
+        for nbytes in (lacking, c.balloon_bytes + c.layer_bytes):
+            if c.balloon_bytes < nbytes <= c.balloon_bytes + c.layer_bytes:
+                longer = c.layer_s * (nbytes - c.balloon_bytes) / c.layer_bytes
+                found.append((nbytes, rate * max(c.balloon_s + longer, 1e-3)))
     if protected(c, demand) or (c.in_flight and c.demote_bytes and not busy):
         return found
     if c.demote_bytes:
@@ -86,15 +93,21 @@ def offers(c: Candidate, demand: Demand, *, busy: bool) -> list[tuple[int, float
 
 
 def most_bytes(snapshot: Snapshot, demand: Demand, *, busy: bool) -> int:
-    return sum(max(nbytes for nbytes, _ in offers(c, demand, busy=busy)) for c in snapshot.candidates)
+    lacking = demand.nbytes - snapshot.free_bytes
+    return sum(max(nbytes for nbytes, _ in offers(c, demand, lacking, busy=busy)) for c in snapshot.candidates)
 
 
 def cheapest(snapshot: Snapshot, demand: Demand, *, busy: bool) -> float | None:
-    """By trying everything."""
+    """By everything that could be done: the least cost of every number of bytes, one model after the other."""
     lacking = demand.nbytes - snapshot.free_bytes
-    every = itertools.product(*(offers(c, demand, busy=busy) for c in snapshot.candidates))
-    enough = [sum(cost for _, cost in choice) for choice in every if sum(nbytes for nbytes, _ in choice) >= lacking]
-    return min(enough, default=None)
+    least = {0: 0.0}
+    for c in snapshot.candidates:
+        further: dict[int, float] = {}
+        for (have, cost), (nbytes, more) in itertools.product(least.items(), offers(c, demand, lacking, busy=busy)):
+            freed_bytes = min(lacking, have + nbytes)
+            further[freed_bytes] = min(further.get(freed_bytes, INF), cost + more)
+        least = further
+    return least.get(lacking)
 
 
 def freed(moves: list[Move]) -> int:
@@ -114,7 +127,7 @@ def check(snapshot: Snapshot, demand: Demand) -> None:
         no_device = most_bytes(snapshot, demand, busy=True) < demand.nbytes - snapshot.free_bytes
         assert no_device or images < demand.dram_bytes - snapshot.dram_free_bytes
         return
-    for kind in ({"drop"}, {"balloon", "demote", "drain", "stop"}):
+    for kind in ({"drop"}, {"balloon", "layers", "demote", "drain", "stop"}):
         models = [move.model for move in moves if move.kind in kind]
         assert len(set(models)) == len(models)
     for move in moves:
@@ -125,7 +138,14 @@ def check(snapshot: Snapshot, demand: Demand) -> None:
         if move.kind in ("demote", "drain", "stop"):
             assert not protected(c, demand)
             assert (move.kind == "drain") == (c.in_flight > 0 and c.demote_bytes > 0)
-        most = {"balloon": c.balloon_bytes, "demote": c.demote_bytes, "drop": c.image_bytes}
+        if move.kind == "layers":
+            assert c.priority <= demand.priority
+        most = {
+            "balloon": c.balloon_bytes,
+            "layers": c.balloon_bytes + c.layer_bytes,
+            "demote": c.demote_bytes,
+            "drop": c.image_bytes,
+        }
         assert move.frees_bytes <= most.get(move.kind, c.demote_bytes + c.stop_bytes)
     # No budget is exceeded, and nothing could be left out.
     device, dram = snapshot.free_bytes + freed(moves), snapshot.dram_free_bytes + dropped(moves)

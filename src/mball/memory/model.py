@@ -64,6 +64,8 @@ class Model:
         self.balloon_bytes = 0
         self.ballooned_bytes = 0
         self.spare_bytes = 0
+        self.layer_bytes = 0
+        self.layer_s = 0.0
         self.cores: Cores | None = None
         self.opened_s = 0.0
         self.gated_s: float | None = None
@@ -190,11 +192,14 @@ class Model:
     def candidate(self, held_bytes: int) -> Candidate:
         """It as the planner sees it; `held_bytes` are promised to it."""
         now = time.monotonic()
+        gives = held_bytes - self.context_bytes if self.on_device else 0
+        spare = max(0, min(self.spare_bytes, gives))
         return Candidate(
             self.name,
-            demote_bytes=held_bytes - self.context_bytes if self.on_device else 0,
+            demote_bytes=gives,
             stop_bytes=self.context_bytes if self.on_device else held_bytes,
-            balloon_bytes=min(self.spare_bytes, held_bytes - self.context_bytes) if self.on_device else 0,
+            balloon_bytes=spare,
+            layer_bytes=max(0, min(self.layer_bytes, gives - spare)),
             image_bytes=self.image.nbytes if self.image is not None and self.image.ready else 0,
             in_flight=self.queue.in_flight,
             pinned=self.pinned,
@@ -207,6 +212,7 @@ class Model:
             start_s=self.figures.start_s.value or 0.0,
             source_s=self.source_s,
             balloon_s=self.figures.balloon_s.value or 0.0,
+            layer_s=self.layer_s,
             oldest_wait_s=self.queue.oldest_wait_s(now),
             gated=self.gated_s is not None,
         )
@@ -233,6 +239,7 @@ class Model:
             "balloon_bytes": self.balloon_bytes,
             "ballooned_bytes": self.ballooned_bytes,
             "spare_bytes": self.spare_bytes if self.on_device else 0,
+            "layer_bytes": self.layer_bytes if self.on_device else 0,
             "cores": self.cores.as_dict() if self.cores else None,
             "weights_bytes": self.hello.weights_bytes if self.hello else None,
             "loaded_bytes": worker.loaded_bytes if worker else 0,

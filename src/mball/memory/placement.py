@@ -73,6 +73,8 @@ def _frees(snapshot: Snapshot, move: Move) -> int:
         return 0
     if move.kind == "balloon":
         return c.balloon_bytes
+    if move.kind == "layers":
+        return min(move.frees_bytes, c.balloon_bytes + c.layer_bytes)
     return c.demote_bytes + (c.stop_bytes if move.kind == "stop" else 0)
 
 

@@ -9,7 +9,10 @@ from typing import Literal
 from mball.memory.cover import Offer, cover
 from mball.units import format_bytes
 
-Kind = Literal["balloon", "demote", "drain", "stop", "drop"]
+Kind = Literal["balloon", "layers", "demote", "drain", "stop", "drop"]
+
+SERVES_ON: tuple[Kind, ...] = ("balloon", "layers")
+"""Moves of a model that go on serving while they are made."""
 
 _RARE = 1 / 86_400
 """A model that nobody asked for lately is thought to be asked for once a day: coming back is never free."""
@@ -22,13 +25,13 @@ _UNDER_WAY = 1e-3
 class Candidate:
     """A model whose worker lives, or whose image is kept.
 
-    `demote_bytes` come free by demoting it (0: it is not on the device), `stop_bytes` more by stopping its worker,
-    `balloon_bytes` of `demote_bytes` are such that its engine can give them up while it serves, and `image_bytes` are
-    held in DRAM. Coming back takes `promote_s` from where its weights rest, `start_s` more after a stop, `source_s` in
-    place of `promote_s` without the image, `balloon_s` for what the balloon took. `stay_s` is how long it has been on
-    the device, `min_stay_s` how long it may at least stay. `rate` is in requests a second; `queued` requests wait for
-    it now, the oldest for `oldest_wait_s`. The higher `priority` goes first. `gated`: an earlier plan shut its door
-    already.
+    `demote_bytes` come free by demoting it (0: it is not on the device), `stop_bytes` more by stopping its worker.
+    Of `demote_bytes` its engine can give up `balloon_bytes` while it serves and nobody notices, and `layer_bytes` more,
+    after which a request takes `layer_s` longer. `image_bytes` are held in DRAM. Coming back takes `promote_s` from
+    where its weights rest, `start_s` more after a stop, `source_s` in place of `promote_s` without the image,
+    `balloon_s` for what the balloon took. `stay_s` is how long it has been on the device, `min_stay_s` how long it may
+    at least stay. `rate` is in requests a second; `queued` requests wait for it now, the oldest for `oldest_wait_s`.
+    The higher `priority` goes first. `gated`: an earlier plan shut its door already.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Candidate:
     balloon_s: float = 0.0
     oldest_wait_s: float = 0.0
     gated: bool = False
+    layer_bytes: int = 0
+    layer_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +85,10 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """`balloon`: the engine gives up part of its memory and serves on. `drain`: let no new request in, and demote once
-    the last one has ended. `stop` frees what `demote` does too. `drop` frees an image. `cost` is in seconds of waiting
-    a second: arrival rate × what coming back takes."""
+    """`balloon`: the engine gives up part of its memory and serves on, `layers`: and streams more of its weights from
+    then on. `drain`: let no new request in, and demote once the last one has ended. `stop` frees what `demote` does
+    too. `drop` frees an image. `cost` is in seconds of waiting a second: arrival rate × what coming back takes, or what
+    a request takes longer."""
 
     kind: Kind
     model: str
@@ -104,8 +110,9 @@ def plan(snapshot: Snapshot, demand: Demand) -> list[Move] | None:
     """The cheapest moves found that free what the demand lacks; [] where nothing is lacking, None where none do.
 
     Cost is what coming back would take: arrival rate × seconds. Balloons are asked first, then idle models, then busy
-    ones, which are drained; among these the cheapest together. Never a pinned model, the one that demands, or one that
-    `may_leave` protects.
+    ones, which are drained; among these the cheapest together. Layers of models that may be streamed, idle or busy, are
+    weighed against idle models: while they are away every request takes longer. Never a pinned model, the one that
+    demands, or one that `may_leave` protects.
     """
     lacking, dram_lacking = demand.nbytes - snapshot.free_bytes, demand.dram_bytes - snapshot.dram_free_bytes
     if lacking <= 0 and dram_lacking <= 0:
@@ -150,7 +157,9 @@ def _device_moves(movable: Sequence[Candidate], demand: Demand, lacking: int) ->
         return moves
     leaving = {c.name for c in movable if c.demote_bytes <= 0 or may_leave(c, demand)}
     for kept in ([c.name for c in movable if _busy(c)], []):
-        groups = [list(_offers(c, c.name in leaving and c.name not in kept)) for c in movable]
+        groups = [
+            [*_offers(c, c.name in leaving and c.name not in kept), *_layers(c, demand, lacking)] for c in movable
+        ]
         if (moves := _moves(groups, lacking)) is not None:
             return moves
     return None
@@ -167,6 +176,16 @@ def _offers(c: Candidate, leaves: bool) -> Iterable[Offer[_What]]:
         asleep = c.demote_bytes <= 0
         seconds = c.start_s if asleep else c.promote_s + c.start_s
         yield _offer("drain" if _busy(c) else "stop", c, c.demote_bytes + c.stop_bytes, seconds)
+
+
+def _layers(c: Candidate, demand: Demand, lacking: int) -> Iterable[Offer[_What]]:
+    """All that it has, or as much as is lacking; nothing nobody misses is left then. Not for one of lower priority."""
+    if c.layer_bytes <= 0 or c.gated or c.priority > demand.priority:
+        return
+    for nbytes in {lacking, c.balloon_bytes + c.layer_bytes}:
+        if c.balloon_bytes < nbytes <= c.balloon_bytes + c.layer_bytes:
+            share = (nbytes - c.balloon_bytes) / c.layer_bytes
+            yield _offer("layers", c, nbytes, c.balloon_s + share * c.layer_s)
 
 
 def _busy(c: Candidate) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Literal
 
 from mball.memory.look import Bring, Decision, Fill, Look, Standing
-from mball.memory.planner import Candidate, Demand, Move, Snapshot, may_leave, next_change_s, plan
+from mball.memory.planner import SERVES_ON, Candidate, Demand, Move, Snapshot, may_leave, next_change_s, plan
 from mball.memory.settings import Settings
 from mball.memory.states import Process
 from mball.units import format_bytes
@@ -130,7 +130,7 @@ class _Round:
             self._free_bytes -= s.over_bytes
             self._out.grow.append(s.name)
             return None
-        if moves is None or any(move.kind in ("drain", "balloon") for move in moves):
+        if moves is None or any(move.kind in ("drain", *SERVES_ON) for move in moves):
             return f"{why}, and nothing idle can make room"
         if not self._busy:
             self._send([replace(move, reason=f"{why}: {move.reason}") for move in moves])
@@ -163,7 +163,7 @@ class _Round:
             self._keep(demand, sum(c.demote_bytes + c.stop_bytes for c in snapshot.candidates if not c.pinned))
         elif any(move.kind == "drain" for move in moves):
             # The idle ones too: whoever entered one of them would have to be waited for next.
-            self._out.gates |= {move.model for move in moves if move.kind != "balloon"}
+            self._out.gates |= {move.model for move in moves if move.kind not in SERVES_ON}
             self._taken |= {move.model for move in moves}
             self._keep(demand, sum(move.frees_bytes for move in moves))
         else:

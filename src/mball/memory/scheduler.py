@@ -27,7 +27,7 @@ from mball.memory.events import Events
 from mball.memory.images import Images
 from mball.memory.look import Bring, Look, Standing
 from mball.memory.model import Model
-from mball.memory.planner import Move
+from mball.memory.planner import SERVES_ON, Move
 from mball.memory.policy import decide
 from mball.memory.process import WorkerProcess
 from mball.memory.settings import Settings
@@ -112,12 +112,12 @@ class Scheduler:
         for fill in decision.fills:
             self._fill(self._models[fill.model], now, decided=True)
         if decision.send:
-            leaving = [self._models[move.model] for move in decision.send if move.kind != "balloon"]
+            leaving = [self._models[move.model] for move in decision.send if move.kind not in SERVES_ON]
             self._begin(self._send(decision.send), leaving)
         if decision.bring is not None:
             model = self._models[decision.bring.model]
             model.arriving = True
-            leaving = [self._models[move.model] for move in decision.bring.moves if move.kind != "balloon"]
+            leaving = [self._models[move.model] for move in decision.bring.moves if move.kind not in SERVES_ON]
             self._begin(self._bring(model, decision.bring), [model, *leaving])
         self._gate(decision.gates, now)
         return min(decision.again_s, gather_s)
@@ -284,6 +284,8 @@ class Scheduler:
         match move.kind:
             case "balloon":
                 await self._transitions.balloon(victim, move.frees_bytes, epoch, reason)
+            case "layers":
+                await self._transitions.balloon(victim, move.frees_bytes, epoch, reason, gently=False)
             case "stop":
                 await self._transitions.stop(victim, reason)
             case "drop":

@@ -190,15 +190,16 @@ class Transitions:
             model.figures.demote_s.add(took)
             self._events.record("demoted", model.name, reason, epoch=epoch, demote_s=round(took, 3), held_bytes=held)
 
-    async def balloon(self, model: Model, nbytes: int, epoch: int, reason: str) -> None:
-        """Takes `nbytes` more from a model while it serves, of what nobody uses, and proves them free.
+    async def balloon(self, model: Model, nbytes: int, epoch: int, reason: str, *, gently: bool = True) -> None:
+        """Takes `nbytes` more from a model while it serves, of what nobody uses, and proves them free; not `gently`:
+        of its layers, too.
 
         Raises DeviceOutOfMemory where it can't give as much any more; WorkerDied.
         """
         try:
-            await self.set_balloon(model, model.ballooned_bytes + nbytes, epoch, reason, gently=True)
+            await self.set_balloon(model, model.ballooned_bytes + nbytes, epoch, reason, gently=gently)
         except (VerbFailed, NotReleased) as error:
-            spare_bytes, model.spare_bytes = model.spare_bytes, 0
+            spare_bytes, model.spare_bytes, model.layer_bytes = model.spare_bytes, 0, 0
             _log.warning("not ballooned", model=model.name, error=str(error))
             what = f"{model.name}'s balloon"
             raise DeviceOutOfMemory(what, nbytes, spare_bytes, self._ledger.held(model.name)) from error
@@ -228,6 +229,7 @@ class Transitions:
                 await self.bury(model)
                 raise
             took, freed = time.monotonic() - began, model.ballooned_bytes - before
+            model.layer_bytes = max(0, model.layer_bytes - max(0, freed - model.spare_bytes))
             model.spare_bytes = max(0, model.spare_bytes - freed)
             model.figures.held.start_anew()
             if freed > 0:
@@ -255,6 +257,8 @@ class Transitions:
                 _log.warning("no status", model=model.name, error=str(error))
         if not model.lock.locked():
             model.spare_bytes = int(status.get("spare_bytes", 0)) if model.on_device else 0
+            model.layer_bytes = int(status.get("layer_bytes", 0)) if model.on_device else 0
+            model.layer_s = float(status.get("layer_s", 0.0))
 
     async def _wish(self, model: Model, worker: WorkerProcess, epoch: int) -> None:
         """What was taken for others has ended with its stay; what its operator wants goes on, as far as it can be."""
@@ -300,7 +304,7 @@ class Transitions:
         await self._gone(worker)
         self._ledger.give_back(model.name)
         model.worker = None
-        model.measured_bytes = model.ballooned_bytes = model.spare_bytes = 0
+        model.measured_bytes = model.ballooned_bytes = model.spare_bytes = model.layer_bytes = 0
         if model.spec.worker.starts_awake:
             await self._images.forget(model, "it is of its worker's memory, which is gone")
         model.state = model.state.to(Process.GONE, model.rest)

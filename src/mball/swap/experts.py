@@ -105,6 +105,14 @@ class ExpertWeights(StreamedWeights):
     def misses(self) -> int:
         return self._expert_stream.misses
 
+    @property
+    def longer_s(self) -> float | None:
+        """How much longer a step takes at most once all `gives_bytes` are given: every expert that was there comes, at
+        the rate of the load. None while that, or what steps choose, is not known."""
+        if self.load_rate is None or self._expert_stream.steps == 0:
+            return None
+        return self.hits / self._expert_stream.steps * self._cells.cell_bytes / self.load_rate
+
     def turn(self, layer: int, shares: Mapping[int, float]) -> Iterator[Expert]:
         """The experts that a layer's tokens chose, as they are there; see ExpertStream.turn."""
         for number, cell in self._expert_stream.turn(layer, shares):

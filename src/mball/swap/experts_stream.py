@@ -45,7 +45,7 @@ class ExpertStream:
         self._before: Any = None
         self._touched: set[int] = set()
         self._broken = False
-        self.hits = self.misses = 0
+        self.hits = self.misses = self.steps = 0
 
     @property
     def home(self) -> dict[int, int]:
@@ -101,6 +101,7 @@ class ExpertStream:
             self._settle()
         if layer == 0:
             self._worth.step()
+            self.steps += 1
         own = self._layers[layer]
         chosen = [own[number] for number in shares]
         for expert, share in zip(chosen, shares.values(), strict=True):

@@ -12,7 +12,7 @@ from mball.loader.binding import Piece, Slot, extents_of, slots_of
 from mball.loader.checkpoint import Checkpoint
 from mball.swap.layers_cells import Cells
 from mball.swap.layers_copy import Parts
-from mball.swap.layers_plan import Layout, layout, paged
+from mball.swap.layers_plan import Layout, layout, paged, step_s
 from mball.swap.layers_stream import LayerStream, hook
 from mball.swap.streamed import CopierFor, StreamedWeights, Views, copiers, laid_out, parts_of, views_of
 
@@ -69,6 +69,17 @@ class LayeredWeights(StreamedWeights):
     @property
     def layout(self) -> Layout:
         return self._layer_stream.layout
+
+    @property
+    def longer_s(self) -> float | None:
+        """How much longer a step takes once all `gives_bytes` are given: by what copies and computing took, where that
+        was measured, else at the rate of the load, behind no computing. None while neither is known."""
+        now, least = self.layout, layout(len(self._layers), self.least_cells)
+        rates = self._layer_stream.rates
+        if rates is not None:
+            return max(0.0, step_s(least, rates) - step_s(now, rates))
+        further = len(least.streamed) - len(now.streamed)
+        return None if self.load_rate is None else further * self._cells.cell_bytes / self.load_rate
 
     def _bind(self, layer: int, cell: int) -> None:
         views = self._views.get((layer, cell))

@@ -17,7 +17,7 @@ from torch import nn
 from mball.errors import MballError, TransitionError
 from mball.swap.layers_cells import Cells
 from mball.swap.layers_copy import Copier, Fetch, Parts
-from mball.swap.layers_plan import MOST_SLOTS, Layout, layout
+from mball.swap.layers_plan import MOST_SLOTS, Layout, Rates, layout
 from mball.swap.layers_watch import Watch
 
 Bind = Callable[[int, int], None]
@@ -49,6 +49,11 @@ class LayerStream:
     @property
     def layout(self) -> Layout:
         return self._layout
+
+    @property
+    def rates(self) -> Rates | None:
+        """What copies and computing took, once that was measured."""
+        return self._watch.rates
 
     @property
     def home(self) -> dict[int, int]:

@@ -75,6 +75,7 @@ class StreamedWeights:
         self._stream = stream
         self._copier_for = copier_for
         self._placed = False
+        self.load_rate: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -96,6 +97,11 @@ class StreamedWeights:
     def bytes_of(self, cells: int) -> int:
         """`nbytes` with that many cells."""
         return self._cells.bytes_of(cells)
+
+    @property
+    def gives_bytes(self) -> int:
+        """What can be given up beside what is away already."""
+        return self.bytes_of(self.cells) - self.bytes_of(self.least_cells)
 
     def load(
         self,
@@ -123,7 +129,9 @@ class StreamedWeights:
             )
             self._stream.start(self._copier_for(image_fd))
             undo.pop_all()
-        return LoadStats(filled.nbytes, time.perf_counter() - begin, filled.by_way)
+        seconds = time.perf_counter() - begin
+        self.load_rate = filled.nbytes / seconds
+        return LoadStats(filled.nbytes, seconds, filled.by_way)
 
     def use_image(self, image_fd: int | None) -> None:
         """Stream from this image from now on, or from the shards; the one before is not read any more.

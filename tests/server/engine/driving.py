@@ -33,13 +33,14 @@ class Run:
         prompt: Sequence[int],
         *,
         cache_salt: str | None = None,
+        probe: bool = False,
         **sampling: Any,
     ) -> None:
         self.outputs: list[Output] = []
         self.first = threading.Event()
         self.done = threading.Event()
         params = SamplingParams(**{"max_tokens": 12, "seed": 1, "temperature": 0.0, **sampling})
-        engine.submit(GenerateRequest(request_id, prompt, params, cache_salt), self._emit)
+        engine.submit(GenerateRequest(request_id, prompt, params, cache_salt, probe), self._emit)
 
     def _emit(self, output: Output) -> None:
         self.outputs.append(output)

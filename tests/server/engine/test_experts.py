@@ -155,6 +155,17 @@ def test_the_account_and_the_status_follow_the_balloon(mixture: ModelDir, engine
     assert (engine.status().resident_experts, device.taken_bytes) == (15, whole)
 
 
+def test_what_experts_could_be_given_is_told_with_what_that_costs(mixture: ModelDir, engine_for: EngineFor) -> None:
+    engine = engine_for(mixture("mixtral"), resident_experts="auto")
+    assert engine.status().layer_bytes == 0, "no request has ended yet"
+    Run(engine, "a", [5], max_tokens=20).wait()
+    status, experts = engine.status(), experts_of(engine)
+    assert status.layer_bytes == experts.bytes_of(15) - experts.bytes_of(2)
+    assert experts.load_rate is not None
+    # Two experts of each of five layers and twenty tokens would come, as far as they were there.
+    assert status.layer_s == pytest.approx(20 * 2 * LAYERS * experts._cells.cell_bytes / experts.load_rate)
+
+
 @pytest.mark.parametrize("name", MIXTURES)
 def test_what_is_promised_beforehand_is_what_is_taken(name: str, mixture: ModelDir, engine_for: EngineFor) -> None:
     for wish in (0, 6, "auto"):

@@ -28,6 +28,7 @@ from mball.memory.spec import WorkerSpec
 from mball.server.engine import footprint, open_engine
 from mball.server.engine.balloon import share
 from mball.server.engine.engine import GenerateEngine
+from mball.swap.layers import LayeredWeights
 from mball.units import MiB
 from tests.server.engine.conftest import CONFIGS
 from tests.server.engine.driving import EngineFor, ModelDir, Oracle, Run, prompts, reference
@@ -162,6 +163,36 @@ def test_the_account_and_the_status_follow(deep: ModelDir, engine_for: EngineFor
     device.total_bytes = 1 << 40
     engine.balloon(0)
     assert device.taken_bytes == whole
+
+
+def test_what_layers_could_be_given_is_told_with_what_that_costs_once_it_was_measured(
+    deep: ModelDir, engine_for: EngineFor
+) -> None:
+    engine = engine_for(deep("llama"), resident_layers="auto")
+    layers = engine._weights.streamed
+    assert isinstance(layers, LayeredWeights)
+    assert (engine.status().layer_bytes, engine.status().layer_s) == (0, 0.0), "no request has ended yet"
+    cut = Run(engine, "cut", MIXED[0], max_tokens=200)
+    assert cut.first.wait(60)
+    engine.abort("cut")
+    assert cut.wait().reason == "abort"
+    Run(engine, "canary", MIXED[0], max_tokens=1, probe=True).wait()
+    assert engine.status().layer_bytes == 0, "neither tells how long requests are"
+    Run(engine, "a", MIXED[0], max_tokens=20).wait()
+    status = engine.status()
+    assert status.layer_bytes == layers.bytes_of(LAYERS) - layers.bytes_of(2)
+    assert layers.load_rate is not None
+    # Never streamed: at the rate of the load, all six for twenty tokens.
+    assert status.layer_s == pytest.approx(20 * LAYERS * layers._cells.cell_bytes / layers.load_rate)
+    engine.balloon(status.spare_bytes + layers.bytes_of(LAYERS) - layers.bytes_of(4))
+    Run(engine, "b", MIXED[0], max_tokens=20).wait()
+    less = engine.status()
+    assert less.layer_bytes == layers.bytes_of(4) - layers.bytes_of(2)
+    assert layers._layer_stream.rates is not None, "measured by now"
+    engine.balloon(status.spare_bytes + layers.bytes_of(LAYERS) - layers.bytes_of(2))
+    assert (engine.status().layer_bytes, engine.status().layer_s) == (0, 0.0)
+    engine.demote()
+    assert engine.status().layer_bytes == 0
 
 
 @pytest.fixture

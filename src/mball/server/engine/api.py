@@ -41,12 +41,14 @@ class SamplingParams:
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One sequence to continue. `prompt` holds at least one token id. Sequences share KV only where their `cache_salt`
-    is the same (vLLM's name): one a tenant keeps tenants apart."""
+    is the same (vLLM's name): one a tenant keeps tenants apart. A `probe` is nobody's request: it tells nothing of what
+    requests take."""
 
     request_id: str
     prompt: Sequence[int]
     sampling: SamplingParams
     cache_salt: str | None = None
+    probe: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,8 @@ class EngineStatus:
     """Numbers of the moment. Bytes are device bytes. `spare_bytes` can be given to the balloon beside what is there
     already, and nobody would notice. `error` says what is wrong with the engine, if anything is. Of `num_layers`,
     `resident_layers` stay on the device and the others are streamed; of `num_experts`, which are those of all layers,
-    `resident_experts` have room. All are 0 where nothing is streamed.
+    `resident_experts` have room. All are 0 where nothing is streamed. `layer_bytes` more could be given of either,
+    after which a request would take `layer_s` longer, as measured on average; both are 0 while that is not known.
 
     Of tokens that need not be computed, `prefix_hit_tokens` were in the KV pool and `kv_restored_tokens` came back to
     it. `kv_stored_blocks` were written to the store. `kv_refusals`: computing was the faster way; `kv_failures`: blocks
@@ -131,6 +134,8 @@ class EngineStatus:
     resident_layers: int = 0
     num_experts: int = 0
     resident_experts: int = 0
+    layer_bytes: int = 0
+    layer_s: float = 0.0
     prefix_hit_tokens: int = 0
     kv_restored_tokens: int = 0
     kv_stored_blocks: int = 0

@@ -149,6 +149,7 @@ class GenerateEngine:
     def status(self) -> EngineStatus:
         allocator, cache, prefixes = self._scheduler.allocator, self._pool.cache, self._scheduler.prefixes
         size, counts = self._spec.block_size, {} if self._tier is None else self._tier.counts()
+        layer_bytes, layer_s = self._weights.layer_offer
         with self._changed:
             return EngineStatus(
                 resident=self._resident,
@@ -165,6 +166,8 @@ class GenerateEngine:
                 resident_layers=self._weights.resident_layers,
                 num_experts=self._weights.num_experts,
                 resident_experts=self._weights.resident_experts,
+                layer_bytes=layer_bytes,
+                layer_s=layer_s,
                 prefix_hit_tokens=prefixes.hit_blocks * size,
                 kv_restored_tokens=prefixes.restored_blocks * size,
                 kv_stored_blocks=counts.get("stored_blocks", 0),
@@ -422,6 +425,8 @@ class GenerateEngine:
 
     def _deliver(self, sequence: Sequence[Request], output: Output) -> None:
         if sequence.owner.deliver(output):
+            if output.finish_reason in ("stop", "length") and not sequence.owner.probe:
+                self._weights.request_took(len(sequence.tokens) - sequence.owner.num_prompt)
             self._scheduler.finish(sequence, keep=output.finish_reason != "error")
 
     def _keeps_prompt_logits(self, chunk: Chunk[Request]) -> bool:

@@ -15,7 +15,8 @@ log = logging.getLogger(__name__)
 class Request:
     """`max_length` bounds prompt and output together. `counts` says how often each token stands in the output.
 
-    `prompt_logprobs` grows as the prompt is computed; None where they are not wanted or were delivered.
+    `prompt_logprobs` grows as the prompt is computed; None where they are not wanted or were delivered. A `probe` is
+    nobody's.
     """
 
     sampling: SamplingParams
@@ -24,6 +25,7 @@ class Request:
     max_length: int
     counts: dict[int, int] = field(default_factory=dict)
     prompt_logprobs: list[Logprob | None] | None = None
+    probe: bool = False
     finished: bool = False
 
     @classmethod
@@ -31,7 +33,7 @@ class Request:
         num_prompt = len(request.prompt)
         max_length = min(num_prompt + request.sampling.max_tokens, max_model_len)
         wanted: list[Logprob | None] | None = [None] if request.sampling.prompt_logprobs else None
-        return cls(request.sampling, emit, num_prompt, max_length, prompt_logprobs=wanted)
+        return cls(request.sampling, emit, num_prompt, max_length, prompt_logprobs=wanted, probe=request.probe)
 
     @property
     def counts_matter(self) -> bool:

@@ -20,9 +20,11 @@ from mball.server.engine.footprint import GPU_LAYER_THREADS, LAYER_THREADS
 from mball.server.engine.transformers_adapter import Model
 from mball.swap.experts import ExpertWeights
 from mball.swap.layers import LayeredWeights
-from mball.swap.streamed import StreamedWeights
 
 Progress = Callable[[int, int], None]
+
+_REQUESTS = 16
+"""An average is of about the last so many."""
 
 
 def torch_device(name: str) -> torch.device:
@@ -54,10 +56,12 @@ class ResidentWeights:
         self._cancel = threading.Event()
         self._filling = threading.Event()
         self.streamed = None if cells is None else _streamed(spec, model, checkpoint, account, device, cells)
-        self._weights: Weights | StreamedWeights = self.streamed or Weights.bind(
+        self._weights: Weights | LayeredWeights | ExpertWeights = self.streamed or Weights.bind(
             model.module, checkpoint, device=device, sources=model.sources, ignore=model.ignored, account=account
         )
         self.resident = False
+        self._requests = 0
+        self._steps_each = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +92,21 @@ class ResidentWeights:
     def resident_experts(self) -> int:
         """As many as there is room for."""
         return self.streamed.cells if isinstance(self.streamed, ExpertWeights) else 0
+
+    def request_took(self, steps: int) -> None:
+        """A request has ended well."""
+        self._requests = min(self._requests + 1, _REQUESTS)
+        self._steps_each += (steps - self._steps_each) / self._requests
+
+    @property
+    def layer_offer(self) -> tuple[int, float]:
+        """Bytes of what is streamed that could be given, and how much longer a request would take; nothing while that
+        was not measured."""
+        streamed = self.streamed
+        if streamed is None or not self.resident or not self._requests:
+            return 0, 0.0
+        longer_s = streamed.longer_s
+        return (0, 0.0) if longer_s is None else (streamed.gives_bytes, self._steps_each * longer_s)
 
     def use_image(self, image_fd: int | None) -> None:
         """Where what is streamed comes from. Raises CheckpointError, OSError, TransitionError."""
@@ -131,7 +150,7 @@ class ResidentWeights:
 
 def _streamed(
     spec: WorkerSpec, model: Model, checkpoint: Checkpoint, account: Account, device: torch.device, cells: int
-) -> StreamedWeights:
+) -> LayeredWeights | ExpertWeights:
     option, found = "resident_layers", model.layers
     if spec.resident_experts is not None:
         option, found = "resident_experts", model.experts

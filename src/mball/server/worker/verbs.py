@@ -220,7 +220,8 @@ class Verbs:
         def emit(output: Output) -> None:
             loop.call_soon_threadsafe(settle, output)
 
-        request = GenerateRequest("canary", self._canary_ids, SamplingParams(max_tokens=1, seed=0, temperature=0.0))
+        sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
+        request = GenerateRequest("canary", self._canary_ids, sampling, probe=True)
         engine.submit(request, emit)
         try:
             async with asyncio.timeout(CANARY_TIMEOUT_S):
