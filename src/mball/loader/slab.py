@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mball.device.account import Account, OpenAccount
 from mball.errors import DeviceError, DeviceOutOfMemory
+from mball.units import format_bytes
 
 
 class Slab(Protocol):
@@ -47,10 +48,17 @@ class HostSlab:
     """
 
     def __init__(self, nbytes: int, account: Account | None = None) -> None:
+        """Raises DeviceError where the system has no room for it."""
         self._nbytes = nbytes
         self._account = account or OpenAccount()
         self._held = False
-        self._map = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self._map = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise DeviceError(
+                f"cpu: {format_bytes(nbytes)} for weights: {error.strerror}; of a model that generates a part can be "
+                "left on the disk (resident_layers: auto)"
+            ) from None
         self._map.madvise(mmap.MADV_HUGEPAGE)
         self._base = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
 
@@ -141,7 +149,7 @@ class CudaSlab:
 
 
 def open_slab(nbytes: int, device: torch.device, account: Account | None = None) -> Slab:
-    """A slab on `cpu` or `cuda`. Raises DeviceError where there is no such device."""
+    """A slab on `cpu` or `cuda`. Raises DeviceError where there is no such device, or no room on the CPU."""
     if device.type != "cpu" and not torch.cuda.is_available():
         raise DeviceError(f"{device}: torch {torch.__version__} finds no GPU here (`mball doctor` says what is there)")
     return HostSlab(nbytes, account) if device.type == "cpu" else CudaSlab(nbytes, device, account)

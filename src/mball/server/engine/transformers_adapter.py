@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -197,9 +198,9 @@ def _build(
 
 @contextmanager
 def _weightless() -> Iterator[None]:
-    """Parameters are names and shapes alone, and no time is spent on initialising them; buffers are computed by the
+    """Parameters are names and shapes alone, and neither time nor memory is spent on them; buffers are computed by the
     constructors and hold real values."""
-    with init_empty_weights(include_buffers=False), guard_torch_init_functions():
+    with init_empty_weights(include_buffers=False), guard_torch_init_functions(), _Unallocated():
         register = torch.nn.Module.register_parameter
 
         def registered(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
@@ -212,6 +213,17 @@ def _weightless() -> Iterator[None]:
             yield
         finally:
             torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _Unallocated(TorchFunctionMode):
+    """What is made without values is a parameter: as memory, if never touched, it would count against a limit of the
+    process. Buffers are made with values; one that is not is refused where tensors are bound."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def _check_attention(spec: WorkerSpec, module: PreTrainedModel, geometry: KVGeometry) -> None:
