@@ -35,7 +35,6 @@ from mball.memory.ledger import Ledger
 from mball.memory.model import Model
 from mball.memory.nursery import Nursery
 from mball.memory.pressure_watch import Gauge, PressureWatch
-from mball.memory.process import log_path, log_tail
 from mball.memory.queue import Ticket
 from mball.memory.settings import Settings
 from mball.memory.slot import Slot
@@ -43,6 +42,7 @@ from mball.memory.spec import ModelSpec
 from mball.memory.states import Process
 from mball.memory.swap_broker import SwapBroker
 from mball.memory.swap_keeper import SwapKeeper
+from mball.memory.worker_log import log_path, log_tail
 from mball.swap.store import Settings as SwapSettings
 from mball.units import format_bytes
 

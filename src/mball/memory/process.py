@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,11 @@ from mball.memory.child import Child
 from mball.memory.launch import Birth, Launch, environment, fresh
 from mball.memory.settings import Settings
 from mball.memory.spec import WorkerSpec
+from mball.memory.worker_log import log_tail, open_log
 
 _log = structlog.get_logger(__name__)
 _EXIT_S = 1.0
 _UNANSWERED = 3
-_TAIL_LINES = 20
-_TAIL_BYTES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +93,19 @@ class WorkerProcess:
 
         Raises WorkerNotStarted, with the last lines of its log; then its process is gone.
         """
-        opening = asyncio.create_task(asyncio.to_thread(_open_log, log, settings.log_bytes))
+        opening = asyncio.create_task(asyncio.to_thread(open_log, log, limit_bytes=settings.log_bytes))
         try:
             out = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            opening.add_done_callback(lambda opened: os.close(opened.result()))
+            opening.add_done_callback(_close_opened)
             raise
-        ours, theirs = control.pair()
+        except OSError as error:
+            raise WorkerNotStarted(f"{spec.model}: {error}") from None
+        try:
+            ours, theirs = control.pair()
+        except OSError as error:
+            os.close(out)
+            raise WorkerNotStarted(f"{spec.model}: {error}") from None
         try:
             child = await launch(Birth(command, spec, environment(spec, extra_environment), theirs, log, out))
         except OSError as error:
@@ -224,25 +228,6 @@ class WorkerProcess:
             self.kill()
 
 
-def _open_log(path: Path, limit_bytes: int) -> int:
-    """A descriptor to append to; a log over the limit becomes `.1` first."""
-    with contextlib.suppress(FileNotFoundError):
-        if path.stat().st_size > limit_bytes:
-            path.replace(path.with_name(path.name + ".1"))
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-
-
-def log_path(folder: Path, model: str) -> Path:
-    plain = "".join(c if c.isalnum() or c in "-._" else "_" for c in model)
-    return folder / f"{plain}.log"
-
-
-def log_tail(path: Path) -> str:
-    """Its last lines. Blocks for a moment."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = deque(file.read().decode(errors="replace").splitlines(), maxlen=_TAIL_LINES)
-    except OSError as error:
-        return f"({error})"
-    return "\n".join(lines)
+def _close_opened(opening: asyncio.Task[int]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        os.close(opening.result())

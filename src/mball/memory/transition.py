@@ -29,11 +29,12 @@ from mball.memory.images import Images
 from mball.memory.launch import Launch
 from mball.memory.ledger import Ledger
 from mball.memory.model import Model
-from mball.memory.process import WorkerProcess, log_path
+from mball.memory.process import WorkerProcess
 from mball.memory.settings import Settings
 from mball.memory.spec import ModelSpec, WorkerSpec
 from mball.memory.states import Process, Weights
 from mball.memory.swap_broker import SwapBroker
+from mball.memory.worker_log import log_path
 from mball.units import format_bytes
 
 _log = structlog.get_logger(__name__)

@@ -27,6 +27,7 @@ from mball.memory import control
 from mball.memory.child import Child
 from mball.memory.settings import Settings
 from mball.memory.spec import WorkerSpec
+from mball.memory.worker_log import open_log
 
 _ROOM = "." * 2048
 _READ_AT_LOAD = ("LD_", "MALLOC_", "GLIBC_", "GOMP_", "KMP_", "OMP_", "PYTHON")
@@ -142,7 +143,7 @@ class Zygote:
             elif not hello.done():
                 hello.set_result(None)
 
-        out = await asyncio.to_thread(os.open, self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        out = await asyncio.to_thread(open_log, self._log, flags=os.O_TRUNC)
         try:
             # Spawned by this very thread: its parent-death signal comes when the spawning thread ends.
             popen = subprocess.Popen(  # noqa: ASYNC220

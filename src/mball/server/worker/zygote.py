@@ -21,6 +21,7 @@ from mball.device import prctl
 from mball.errors import TransitionError
 from mball.memory.control import MESSAGE_BYTES
 from mball.memory.spec import WorkerSpec
+from mball.memory.worker_log import open_log
 from mball.server.worker import imports
 
 _FAILED = 70
@@ -157,8 +158,7 @@ def _begin(message: dict[str, Any], control_fd: int, go_fd: int) -> Work:
 
 
 def _redirect(log: str) -> None:
-    for target, path, flags in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)):
-        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    for target, fd in ((0, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)), (1, open_log(Path(log)))):
         os.dup2(fd, target)
         os.close(fd)
     os.dup2(1, 2)
