@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-import xxhash
-
+from mball.swap.checksum import CHECKSUM_BYTES, XXH3, checksum
 from mball.swap.layout import (
     ENTRY_BYTES,
     EXTENT_BYTES,
@@ -72,9 +71,7 @@ class Snapshot:
             bytes(16),
         ).ljust(INDEX_HEADER_BYTES, b"\0")
         body = b"".join(map(_record, self.entries)) + b"".join(_EXTENT.pack(*extent) for extent in extents)
-        hashed = xxhash.xxh3_128(header)
-        hashed.update(body)
-        data = header[: _CHECKSUM.start] + hashed.digest() + header[_CHECKSUM.stop :] + body
+        data = header[: _CHECKSUM.start] + checksum(XXH3, header, body) + header[_CHECKSUM.stop :] + body
         return data.ljust(whole_blocks(len(data)), b"\0")
 
     @classmethod
@@ -82,11 +79,10 @@ class Snapshot:
         """Raises Damaged for anything but what `encode` made for this store."""
         if len(data) < encoded_bytes(data, layout, store_id):
             raise Damaged("the index is cut off")
-        _, _, _, generation, following, day, written, entries, extents, _, checksum = _HEADER.unpack_from(data)
+        _, _, _, generation, following, day, written, entries, extents, _, said = _HEADER.unpack_from(data)
         end = INDEX_HEADER_BYTES + entries * ENTRY_BYTES + extents * EXTENT_BYTES
-        hashed = xxhash.xxh3_128(data[: _CHECKSUM.start] + bytes(16) + data[_CHECKSUM.stop : INDEX_HEADER_BYTES])
-        hashed.update(data[INDEX_HEADER_BYTES:end])
-        if hashed.digest() != checksum:
+        header = data[: _CHECKSUM.start] + bytes(CHECKSUM_BYTES) + data[_CHECKSUM.stop : INDEX_HEADER_BYTES]
+        if said != checksum(XXH3, header, data[INDEX_HEADER_BYTES:end]):
             raise Damaged("the index's checksum is wrong")
         places = _EXTENT.iter_unpack(data[INDEX_HEADER_BYTES + entries * ENTRY_BYTES : end])
         found = []

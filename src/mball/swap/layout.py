@@ -14,9 +14,8 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
-import xxhash
-
 from mball.errors import ConfigError
+from mball.swap.checksum import CHECKSUM_BYTES, XXH3, checksum
 from mball.units import MiB, format_bytes
 
 BLOCK_BYTES = 4096
@@ -36,7 +35,6 @@ _MOST_SLOT_BYTES = 1 << 30
 _MOST_SLOTS = (1 << 32) - 1
 
 _SUPERBLOCK = struct.Struct("<8sIIQQ16s32sd")
-_CHECKSUM_BYTES = 16
 _MAKING, _READY = 0, 1
 
 
@@ -121,7 +119,7 @@ class Superblock:
             self.layout.digest,
             self.created_at,
         )
-        return (fields + xxhash.xxh3_128_digest(fields)).ljust(BLOCK_BYTES, b"\0")
+        return (fields + checksum(XXH3, fields)).ljust(BLOCK_BYTES, b"\0")
 
     @classmethod
     def decode(cls, block: bytes) -> Superblock:
@@ -131,9 +129,8 @@ class Superblock:
             raise Damaged("no superblock")
         if version != VERSION:
             raise Damaged(f"version {version}, this is {VERSION}")
-        if block[_SUPERBLOCK.size : _SUPERBLOCK.size + _CHECKSUM_BYTES] != xxhash.xxh3_128_digest(
-            block[: _SUPERBLOCK.size]
-        ):
+        fields, said = block[: _SUPERBLOCK.size], block[_SUPERBLOCK.size : _SUPERBLOCK.size + CHECKSUM_BYTES]
+        if said != checksum(XXH3, fields):
             raise Damaged("the superblock's checksum is wrong")
         if state != _READY:
             raise Damaged("its making came to no end")

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import xxhash
-
-from mball.swap.layout import BLOCK_BYTES, VERSION, Layout
+from mball.swap.checksum import CHECKSUM_BYTES, KNOWN, OURS, checksum
+from mball.swap.layout import BLOCK_BYTES, Layout
 
 DIGEST_BYTES = 32
 _MAGIC = b"MBALSLOT"
 _FIELDS = struct.Struct("<8sIIQQ32s32s16s")
+_KIND = slice(8, 12)
 
 
 def digest(*parts: str | bytes) -> bytes:
@@ -93,16 +93,20 @@ class Place:
         )
 
 
-def header(place: Place, ordinal: int, payload: memoryview, store_id: bytes) -> bytes:
-    """The header's used bytes for this payload. Its checksum is over the fields and the payload, so that a right one
-    proves both."""
-    fields = _FIELDS.pack(_MAGIC, VERSION, ordinal, len(payload), place.generation, place.key, place.model, store_id)
-    hashed = xxhash.xxh3_128(fields)
-    hashed.update(payload)
-    return fields + hashed.digest()
+def header(place: Place, ordinal: int, payload: memoryview, store_id: bytes, kind: int = OURS) -> bytes:
+    """The header's used bytes for this payload. Its checksum, of that kind, is over the fields and the payload, so that
+    a right one proves both."""
+    fields = _FIELDS.pack(_MAGIC, kind, ordinal, len(payload), place.generation, place.key, place.model, store_id)
+    return fields + checksum(kind, fields, payload)
 
 
-HEADER_BYTES = _FIELDS.size + 16
+HEADER_BYTES = _FIELDS.size + CHECKSUM_BYTES
+
+
+def kind_of(found: bytes) -> int:
+    """Which checksum a header read was written with; ours where it is none that can be checked here."""
+    kind = int.from_bytes(found[_KIND], "little")
+    return kind if kind in KNOWN else OURS
 
 
 def difference(found: bytes, wanted: bytes) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 from mball.errors import SwapMiss
 from mball.swap.disk import Disk, aligned, is_aligned
 from mball.swap.layout import BLOCK_BYTES, Layout, whole_blocks
-from mball.swap.place import HEADER_BYTES, Place, Run, difference, header
+from mball.swap.place import HEADER_BYTES, Place, Run, difference, header, kind_of
 from mball.units import MiB
 
 CALL_BYTES = 16 * MiB
@@ -103,8 +103,8 @@ class Slots:
                 parts += [headers[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES], scratch[: whole_blocks(there)]]
         self._fetch(parts, run)
         for number, payload in enumerate(payloads):
-            wanted = header(place, run.ordinal + number, payload, self.store_id)
             found = bytes(headers[number * BLOCK_BYTES : number * BLOCK_BYTES + HEADER_BYTES])
+            wanted = header(place, run.ordinal + number, payload, self.store_id, kind_of(found))
             if (wrong := difference(found, wanted)) is not None:
                 raise SwapMiss(wrong, f"slot {run.slot + number} does not hold what was written there")
         for target, source in copies:
