@@ -25,18 +25,13 @@ from mball.errors import SwapMiss, SwapRefused, TransitionError
 from mball.memory.control import Answer, Message
 from mball.memory.process import WorkerProcess
 from mball.memory.swap_keeper import SwapKeeper
+from mball.memory.swap_limits import MOST_KEYS, MOST_LEASES, MOST_SLOTS, MOST_WANTS
 from mball.swap.book import Want
 from mball.swap.index import Kind
 from mball.swap.place import Place
 from mball.swap.service import SwapService
 
 _log = structlog.get_logger(__name__)
-
-MOST_KEYS = 256
-MOST_WANTS = 96
-MOST_LEASES = 1024
-MOST_SLOTS = 2000
-"""Of all places in one answer: each may be an extent of its own, and an answer is one message of the channel."""
 
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from mball.errors import Cancelled, MballError, SwapMiss, SwapRefused
+from mball.errors import Cancelled, MballError, SwapRefused
 from mball.swap.block_store import BlockStore
 from mball.swap.book import Want
 from mball.swap.counters import Counters
 from mball.swap.index import Kind
 from mball.swap.kv_arena import Arena
 from mball.swap.kv_gate import Gate, Touches
+from mball.swap.kv_io import read_blocks, write_blocks
 from mball.swap.kv_lane import Lane
 from mball.swap.kv_shelf import Held
 from mball.swap.place import Place
@@ -210,27 +211,15 @@ class KVDisk:
         """How many of the first were read; the time that it took is the store's rate. Raises TimeoutError (an OSError):
         then the slots are lost."""
         room = self._room
-        misses: dict[int, SwapMiss | OSError] = {}
 
         def read(number: int) -> int:
-            place, slot = places[number], slots[number]
-            if place.nbytes != room.block_bytes:
-                misses[number] = SwapMiss("stale", f"a block of {place.nbytes} bytes, not {room.block_bytes}")
-                return 0
-            self._wait(slot)
-            try:
-                return store.slots.read(place, room.arena.view(slot))
-            except (SwapMiss, OSError) as error:
-                misses[number] = error
-                return 0
+            self._wait(slots[number])
+            return store.slots.read(places[number], room.arena.view(slots[number]))
 
         began = time.perf_counter()
-        self._run([functools.partial(read, number) for number in range(len(places))], reading=True)
+        misses = read_blocks(store, places, room.block_bytes, read, self._run)
         seconds = time.perf_counter() - began
-        for number, miss in misses.items():
-            room.counters.add("failed_loads")
-            if isinstance(miss, SwapMiss):
-                store.missed(places[number], miss)
+        room.counters.add("failed_loads", len(misses))
         good = min(misses, default=len(places))
         if good == len(places) > 0:
             with room.lock:
@@ -259,30 +248,18 @@ class KVDisk:
 
     def _write_batch(self, store: BlockStore, blocks: Sequence[Held]) -> list[Place]:
         room = self._room
-        leased = store.lease([self._want(held) for held in blocks])
-        pairs = [(place, held) for place, held in zip(leased, blocks, strict=False) if place is not None]
-        errors: dict[int, OSError] = {}
 
-        def write(number: int) -> int:
-            place, held = pairs[number]
-            self._wait(held.place)
-            try:
-                return store.slots.write(place, room.arena.view(held.place))
-            except OSError as error:
-                errors[number] = error
-                return 0
+        def content(number: int) -> memoryview:
+            self._wait(blocks[number].place)
+            return room.arena.view(blocks[number].place)
 
-        self._run([functools.partial(write, number) for number in range(len(pairs))], reading=False)
-        for number, error in errors.items():
-            store.abandon([pairs[number][0]], error)
-        written = [place for number, (place, _) in enumerate(pairs) if number not in errors]
-        if written:
-            room.counters.add("stored_blocks", store.commit(written))
-        room.counters.add("refused_blocks", len(blocks) - len(leased))
+        written = write_blocks(store, [self._want(held) for held in blocks], content, self._run)
+        room.counters.add("stored_blocks", written.entries)
+        room.counters.add("refused_blocks", written.refused)
         with room.lock:
-            for held in [*blocks[len(leased) :], *(pairs[number][1] for number in errors)]:
-                self._stored.forget(held.key)
-        return written
+            for number in written.lost:
+                self._stored.forget(blocks[number].key)
+        return written.places
 
     def _try(self, store: BlockStore, places: Sequence[Place]) -> None:
         """Read what was just written once, so that the first who needs a block back finds the rate known."""

@@ -15,8 +15,9 @@ import pytest
 from mball.errors import SwapMiss, SwapRefused, VerbFailed
 from mball.memory import control
 from mball.memory.events import Events
-from mball.memory.swap_broker import MOST_KEYS, MOST_LEASES, MOST_SLOTS, MOST_WANTS, SwapBroker
+from mball.memory.swap_broker import SwapBroker
 from mball.memory.swap_keeper import SwapKeeper
+from mball.memory.swap_limits import MOST_KEYS, MOST_LEASES, MOST_SLOTS, MOST_WANTS
 from mball.server.worker.swap_client import RemoteBlockStore
 from mball.swap.block_store import BlockStore
 from mball.swap.book import Want

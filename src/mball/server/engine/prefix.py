@@ -7,23 +7,18 @@ equal keys mean equal tokens before and in the block, in the same model, for the
 from __future__ import annotations
 
 import hashlib
-import os
 from array import array
 from collections.abc import Sequence
-from pathlib import Path
 
-import xxhash
-
-from mball.errors import BadManifest, DigestMismatch, ReadError
-from mball.loader.checkpoint import Checkpoint, Shard
+from mball.errors import BadManifest, DigestMismatch
+from mball.loader.checkpoint import Checkpoint
 from mball.loader.manifest import Manifest
+from mball.loader.sampled import sampled
 from mball.server.engine.kv_cache import KVGeometry
 from mball.swap.place import digest
 
 _LAYOUT = "block, layer, key or value, token, head, dim: 1"
 """How a block's numbers are laid out, and computed."""
-_SAMPLES = 16
-_SAMPLE_BYTES = 4096
 
 
 class Chain:
@@ -67,23 +62,8 @@ def _content(checkpoint: Checkpoint) -> list[str]:
     try:
         manifest = Manifest.open(checkpoint)
     except (BadManifest, DigestMismatch):
-        return [_sampled(shard) for shard in checkpoint.shards]
+        return [sampled(shard) for shard in checkpoint.shards]
     return [
         f"{name} {shard.size_bytes} {shard.header} {' '.join(shard.extents)}"
         for name, shard in sorted(manifest.shards.items())
     ]
-
-
-def _sampled(shard: Shard) -> str:
-    path: Path = shard.path
-    try:
-        with path.open("rb", buffering=0) as file:
-            fd = file.fileno()
-            hashed = xxhash.xxh3_128(os.pread(fd, shard.data_start, 0))
-            for number in range(_SAMPLES):
-                at = shard.data_start + number * shard.data_bytes // _SAMPLES
-                hashed.update(os.pread(fd, min(_SAMPLE_BYTES, shard.size_bytes - at), at))
-            changed = os.fstat(fd).st_mtime_ns
-    except OSError as error:
-        raise ReadError(f"cannot be read: {error.strerror}", file=str(path)) from error
-    return f"{path.name} {shard.size_bytes} {changed} {hashed.hexdigest()}"

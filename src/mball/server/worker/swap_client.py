@@ -10,7 +10,7 @@ from typing import Any
 
 from mball.errors import MballError, SwapMiss, SwapRefused, VerbFailed
 from mball.memory.control import MESSAGE_BYTES, Asker, ChannelClosed, Message
-from mball.memory.swap_broker import MOST_KEYS, MOST_LEASES, MOST_SLOTS, MOST_WANTS
+from mball.memory.swap_limits import MOST_KEYS, MOST_LEASES, MOST_SLOTS, MOST_WANTS
 from mball.swap.book import Want
 from mball.swap.place import Extent, Place
 from mball.swap.slots import Slots
