@@ -62,6 +62,51 @@ class SleepModeBackendFactory:
         cls._registry[name] = (module_path, class_name)
 """,
     "entrypoints/openai/api_server.py": "",
+    "v1/kv_offload/base.py": """
+import enum
+class LookupResult(enum.Enum):
+    MISS = 1
+    HIT = 2
+    RETRY = 3
+class RequestOffloadingContext: ...
+""",
+    "v1/kv_offload/tiering/base.py": """
+import abc, dataclasses
+@dataclasses.dataclass
+class TransferJob:
+    job_id: int
+    keys: list
+    chunk_ids: list
+    req_context: object
+@dataclasses.dataclass
+class JobResult:
+    job_id: int
+    success: bool
+    successful_keys: tuple | None = None
+class SecondaryTierManager(abc.ABC):
+    def __init__(self, offloading_spec, primary_kv_view, tier_type): ...
+    @abc.abstractmethod
+    def lookup(self, key, req_context): ...
+    @abc.abstractmethod
+    def submit_store(self, job): ...
+    @abc.abstractmethod
+    def submit_load(self, job): ...
+    @abc.abstractmethod
+    def get_finished_jobs(self): ...
+    @abc.abstractmethod
+    def on_new_request(self, req_context): ...
+    @abc.abstractmethod
+    def drain_jobs(self): ...
+    def on_request_finished(self, req_context): ...
+    def on_schedule_end(self, context): ...
+    def has_pending_work(self): ...
+    def shutdown(self): ...
+""",
+    "v1/kv_offload/tiering/factory.py": """
+class SecondaryTierFactory:
+    @classmethod
+    def register_tier(cls, tier_type, module_path, class_name): ...
+""",
 }
 
 
@@ -138,6 +183,18 @@ def test_what_is_as_it_was_is_taken(package: Callable[..., None]) -> None:
         ("loading", "model_executor/model_loader/default_loader.py", 'prefix: str = ""', "start: str = ''", "Source"),
         ("sleeping", "device_allocator/sleep_mode_backend.py", "level=1", "depth=1", "suspend"),
         ("sleeping", "device_allocator/sleep_mode_backend.py", '"cumem": None', "", "_registry"),
+        (
+            "tiering",
+            "v1/kv_offload/tiering/base.py",
+            "def lookup(self, key, req_context)",
+            "def lookup(self, key)",
+            "lookup",
+        ),
+        ("tiering", "v1/kv_offload/tiering/base.py", "drain_jobs", "drain", "drain"),
+        ("tiering", "v1/kv_offload/tiering/base.py", "class TransferJob", "class Job", "TransferJob"),
+        ("tiering", "v1/kv_offload/tiering/base.py", "chunk_ids", "places", "TransferJob is not .* with block_ids"),
+        ("tiering", "v1/kv_offload/base.py", "RETRY = 3", "AGAIN = 3", "RETRY"),
+        ("tiering", "v1/kv_offload/tiering/factory.py", "module_path", "module", "register_tier"),
         ("cumem", "device_allocator/__init__.py", "is_asleep", "asleep", "AllocationData"),
         ("cumem", "device_allocator/cumem.py", "pointer_to_data = {}", "", "pointer_to_data"),
         ("cumem", "device_allocator/cumem.py", "unmap_and_release(allocation_handle)", "unmap_and_release()", "unmap"),
@@ -156,6 +213,22 @@ def test_what_has_changed_is_named(
     package(changes={file: (old, new)})
     with pytest.raises(EngineUnsupported, match=told):
         getattr(vllm_compat, check)()
+
+
+def test_both_shapes_of_a_tiers_jobs(package: Callable[..., None]) -> None:
+    package()
+    made = vllm_compat.tiering()
+    assert made.rows(Options(chunk_ids=[3, 4])) == [3, 4]
+    assert made.result(1, False, (b"a",)).successful_keys == (b"a",)
+    assert made.result(1, True, (b"a",)).successful_keys is None
+
+
+def test_as_0_26_has_them(package: Callable[..., None]) -> None:
+    old = "class TransferJob:\n    job_id: int\n    keys: list\n    chunk_ids: list"
+    new = "class JobMetadata:\n    job_id: int\n    keys: list\n    block_ids: list"
+    file = "v1/kv_offload/tiering/base.py"
+    package("0.26.0", changes={file: (old, new)})
+    assert vllm_compat.tiering().rows(Options(block_ids=[5])) == [5]
 
 
 class Options:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mball.errors import ConfigError
 from mball.memory.spec import WorkerSpec
-from mball.memory.vllm_options import OURS, arguments, environment
+from mball.memory.vllm_options import OURS, arguments, check_kv, engine_id, environment, keeps_kv, kv_socket
 
 SPEC = WorkerSpec("m", "/models/m", socket_path="/run/m.sock", engine="vllm", max_num_seqs=4)
 
@@ -61,3 +63,69 @@ def test_development_routes_are_open_and_nothing_is_reported_home() -> None:
     assert made["PATH"] == "/bin"
     assert made["VLLM_SERVER_DEV_MODE"] == "1"
     assert made["VLLM_NO_USAGE_STATS"] == "1"
+    assert not any(name.startswith("MBALL_VLLM_KV") for name in made)
+
+
+KEEPS = replace(SPEC, kv_arena_bytes=1 << 30)
+
+
+def transfer(spec: WorkerSpec) -> dict[str, Any]:
+    words = arguments(spec, 1)
+    found: dict[str, Any] = json.loads(words[words.index("--kv-transfer-config") + 1])
+    return found
+
+
+def test_kv_goes_to_host_memory_and_to_the_store_below_it() -> None:
+    said = transfer(KEEPS)
+    assert said["kv_load_failure_policy"] == "recompute"
+    assert said["kv_connector_extra_config"] == {
+        "spec_name": "HostTieringSpec",
+        "spec_module_path": "mball.server.worker.vllm_host_kv",
+        "cpu_bytes_to_use": 1 << 30,
+        "secondary_tiers": [{"type": "mball"}],
+    }
+    assert "--prefix-caching-hash-algo sha256_cbor" in " ".join(arguments(KEEPS, 1))
+    on_gpu = transfer(replace(KEEPS, device="cuda:GPU-1"))["kv_connector_extra_config"]
+    assert on_gpu["spec_name"] == "TieringOffloadingSpec"
+    assert "spec_module_path" not in on_gpu
+
+
+def test_no_two_engines_share_their_rows() -> None:
+    assert engine_id(KEEPS) == engine_id(replace(KEEPS, model="other"))
+    assert engine_id(KEEPS) != engine_id(replace(KEEPS, socket_path="/run/other.sock"))
+
+
+def test_its_processes_are_told_where_the_store_is_asked_for() -> None:
+    made = environment({}, kv_socket(KEEPS), "abc")
+    assert made["MBALL_VLLM_KV"] == str(Path("/run/m.kv"))
+    assert made["MBALL_VLLM_KV_IDENTITY"] == "abc"
+
+
+@pytest.mark.parametrize(
+    "without",
+    [
+        {"kv_arena_bytes": None},
+        {"kv_arena_bytes": 0},
+        {"enable_prefix_caching": False},
+        {"engine_args": {"enable_prefix_caching": False}},
+        {"task": "embed"},
+    ],
+)
+def test_without_room_or_a_prefix_cache_no_kv_is_kept(without: dict[str, Any]) -> None:
+    spec = replace(KEEPS, **without)
+    assert not keeps_kv(spec)
+    assert "--kv-transfer-config" not in arguments(spec, 1)
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "told"),
+    [
+        ({"kv-transfer-config": {}}, "leave one out"),
+        ({"enable_lora": True}, "adapter"),
+        ({"prefix-caching-hash-algo": "xxhash"}, "sha256_cbor"),
+    ],
+)
+def test_kv_that_could_be_anothers_is_not_kept(engine_args: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        arguments(replace(KEEPS, engine_args=engine_args), 1)
+    check_kv(None, engine_args)

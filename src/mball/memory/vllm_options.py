@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mball.errors import ConfigError
-from mball.loader.vllm_names import CPU_WORKER, CUDA_EXTENSION, LOAD_FORMAT, SERVER, SLEEP_ENVIRONMENT
+from mball.loader.vllm_names import (
+    CPU_WORKER,
+    CUDA_EXTENSION,
+    HOST_SPEC,
+    KV_ENVIRONMENT,
+    KV_IDENTITY_ENVIRONMENT,
+    KV_TIER,
+    LOAD_FORMAT,
+    SERVER,
+    SLEEP_ENVIRONMENT,
+)
 from mball.memory.spec import WorkerSpec
 
 OURS = frozenset(
@@ -40,6 +52,38 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> None:
             raise ConfigError(f"engine_args: {name} is set by MBALL{_INSTEAD.get(plain, '')}")
 
 
+def check_kv(kv_arena_bytes: int | None, engine_args: Mapping[str, Any]) -> None:
+    """Raises ConfigError where KV blocks are to be kept and can't be told apart, or are kept by another already."""
+    if not kv_arena_bytes:
+        return
+    given = {name.replace("-", "_"): value for name, value in engine_args.items()}
+    if "kv_transfer_config" in given:
+        raise ConfigError("kv_arena_bytes and engine_args: kv_transfer_config exclude each other: leave one out")
+    if given.get("enable_lora"):
+        raise ConfigError(
+            "kv_arena_bytes: with engine_args: enable_lora no KV is kept, as an adapter's name does not say what is in "
+            "it: leave one of them out"
+        )
+    if (name := given.get("prefix_caching_hash_algo", _HASH)) not in _HASHES:
+        raise ConfigError(f"kv_arena_bytes: prefix_caching_hash_algo is {name}, which others can make collide: {_HASH}")
+
+
+def keeps_kv(spec: WorkerSpec) -> bool:
+    """Whether its KV blocks go to host memory, and to the swap store where there is one."""
+    caching = spec.enable_prefix_caching and spec.engine_args.get("enable_prefix_caching", True)
+    return bool(spec.kv_arena_bytes) and spec.task == "generate" and bool(caching)
+
+
+def kv_socket(spec: WorkerSpec) -> Path:
+    """Where its engine asks for the swap store: in the worker's own folder."""
+    return Path(spec.socket_path).with_suffix(".kv")
+
+
+def engine_id(spec: WorkerSpec) -> str:
+    """One that no other engine has."""
+    return f"mball-{hashlib.sha256(spec.socket_path.encode()).hexdigest()[:16]}"
+
+
 def command(spec: WorkerSpec, kv_bytes: int) -> list[str]:
     """What starts the server in this interpreter. Options that are not given are vLLM's to choose."""
     return [sys.executable, "-m", SERVER, *arguments(spec, kv_bytes)]
@@ -48,6 +92,7 @@ def command(spec: WorkerSpec, kv_bytes: int) -> list[str]:
 def arguments(spec: WorkerSpec, kv_bytes: int) -> list[str]:
     """vLLM's options. Raises ConfigError."""
     check_engine_args(spec.engine_args)
+    check_kv(spec.kv_arena_bytes, spec.engine_args)
     options: dict[str, Any] = {
         "model": spec.path,
         "served_model_name": spec.model,
@@ -66,11 +111,33 @@ def arguments(spec: WorkerSpec, kv_bytes: int) -> list[str]:
         options["worker_extension_cls"] = CUDA_EXTENSION
     else:
         options["worker_cls"] = CPU_WORKER
+    if keeps_kv(spec):
+        options = {"prefix_caching_hash_algo": _HASH, **options, "kv_transfer_config": _kv_transfer(spec)}
     return [word for name, value in options.items() for word in _words(name, value)]
 
 
-def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """What the server's processes have beside what the manager gave."""
+def _kv_transfer(spec: WorkerSpec) -> dict[str, Any]:
+    """Blocks go to host memory first, as vLLM does it; below it there is MBALL's tier."""
+    tiers: dict[str, Any] = {"spec_name": "TieringOffloadingSpec"}
+    if not spec.device.startswith("cuda"):
+        tiers = {"spec_name": HOST_SPEC[0], "spec_module_path": HOST_SPEC[1]}
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "engine_id": engine_id(spec),
+        # What could not be brought back is computed, and no request fails for it.
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            **tiers,
+            "cpu_bytes_to_use": spec.kv_arena_bytes,
+            "secondary_tiers": [{"type": KV_TIER}],
+        },
+    }
+
+
+def environment(inherited: Mapping[str, str], kv_socket: Path | None = None, kv_identity: str = "") -> dict[str, str]:
+    """What the server's processes have beside what the manager gave. `kv_socket`: where the swap store is asked for;
+    `kv_identity`: SHA-256 of what KV is computed with."""
     return {
         **inherited,
         # /sleep, /wake_up and /collective_rpc: on the unix socket, which is this user's alone.
@@ -79,6 +146,7 @@ def environment(inherited: Mapping[str, str]) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "TRANSFORMERS_OFFLINE": "1",
+        **({} if kv_socket is None else {KV_ENVIRONMENT: str(kv_socket), KV_IDENTITY_ENVIRONMENT: kv_identity}),
     }
 
 
@@ -100,6 +168,10 @@ def _words(name: str, value: Any) -> Iterator[str]:
         case _:
             yield from (option, str(value))
 
+
+_HASH = "sha256_cbor"
+_HASHES = ("sha256", "sha256_cbor")
+"""Block names: those of `sha256` are of Python's pickles."""
 
 _INSTEAD = {
     "kv_cache_memory_bytes": ": give it beside engine_args, as the model's own option",

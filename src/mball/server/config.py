@@ -20,7 +20,7 @@ from pydantic_settings import (
 )
 
 from mball.errors import ConfigError
-from mball.memory.vllm_options import check_engine_args
+from mball.memory.vllm_options import check_engine_args, check_kv
 from mball.swap.layout import SLOT_BYTES
 from mball.units import GiB, MiB, parse_bytes
 
@@ -76,7 +76,7 @@ class ModelConfig(BaseModel):
     )
     kv_arena_bytes: ConfigSize | None = Field(
         default=None,
-        description="Host memory for KV that leaves the pool; by default modest on a GPU, none on the CPU.",
+        description="Host memory for KV that leaves the pool; by default modest on a GPU, none for vllm or on the CPU.",
     )
     resident_layers: Literal["auto"] | Annotated[int, Field(ge=0)] | None = Field(
         default=None,
@@ -116,6 +116,7 @@ class ModelConfig(BaseModel):
                 raise ValueError("resident_layers and resident_experts are for engine: transformers")
             try:
                 check_engine_args(self.engine_args)
+                check_kv(self.kv_arena_bytes, self.engine_args)
             except ConfigError as error:
                 raise ValueError(str(error)) from None
         return self

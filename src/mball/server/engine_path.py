@@ -10,6 +10,7 @@ import mball
 _ENTRY_POINTS = """\
 [vllm.general_plugins]
 mball_format = mball.loader.vllm_format:register
+mball_kv = mball.server.worker.vllm_kv:register
 mball_sleep = mball.memory.vllm_sleep:register
 """
 """As in pyproject.toml: vLLM finds plugins by the metadata of what can be imported."""

@@ -9,21 +9,27 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from mball.device import prctl
-from mball.errors import ConfigError, EngineUnsupported, MballError, TransitionError
+from mball.errors import ConfigError, MballError, TransitionError
 from mball.loader import vllm_compat
+from mball.loader.checkpoint import Checkpoint
+from mball.loader.sampled import sampled
 from mball.memory import control, vllm_options
 from mball.memory.estimate import estimate
 from mball.memory.spec import WorkerSpec
 from mball.server.worker.manners import stopped_by_signals
+from mball.server.worker.vllm_door import Door
 from mball.server.worker.vllm_http import VllmClient
 from mball.server.worker.vllm_verbs import VllmVerbs, describe, fingerprints, private_bytes
+from mball.swap.place import digest
 
 START_S = 3600.0
 """The manager gives up long before."""
@@ -51,17 +57,23 @@ async def run(control_fd: int, spec: WorkerSpec) -> int:
         try:
             vllm_compat.check_version()
             command = vllm_options.command(spec, kv_bytes(spec))
-        except (EngineUnsupported, ConfigError) as error:
+            environment = await asyncio.to_thread(_environment, spec)
+        except MballError as error:
             with contextlib.suppress(control.ChannelClosed):
                 await channel.send({"event": "failed", "error": str(error)})
             return 1
-        server = subprocess.Popen(  # noqa: ASYNC220
-            command, stdin=subprocess.DEVNULL, env=vllm_options.environment(os.environ)
-        )
+        asker = control.Asker(channel)
+        door = Door(vllm_options.kv_socket(spec), asker) if vllm_options.keeps_kv(spec) else None
         try:
-            return await _serve(server, spec, channel, stopping)
+            server = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)  # noqa: ASYNC220
+            try:
+                return await _serve(server, spec, channel, asker, door, stopping)
+            finally:
+                await asyncio.to_thread(_end, server)
         finally:
-            await asyncio.to_thread(_end, server)
+            if door is not None:
+                await door.close()
+            _unlink_rows(spec)
 
 
 def kv_bytes(spec: WorkerSpec) -> int:
@@ -73,13 +85,40 @@ def kv_bytes(spec: WorkerSpec) -> int:
     raise ConfigError(f"{spec.model}: give kv_cache_memory_bytes: its files don't tell how large its KV cache is to be")
 
 
+def _environment(spec: WorkerSpec) -> dict[str, str]:
+    if not vllm_options.keeps_kv(spec):
+        return vllm_options.environment(os.environ)
+    return vllm_options.environment(os.environ, vllm_options.kv_socket(spec), kv_identity(spec))
+
+
+def kv_identity(spec: WorkerSpec) -> str:
+    """SHA-256 of the model's content, and of all that the configuration says of how it is computed. The name of a model
+    and its folder do not count. Raises ReadError, UnsafeTensors."""
+    folder = Path(spec.path)
+    shards = [sampled(shard) for shard in Checkpoint.open(folder).shards]
+    config = folder / "config.json"
+    options = json.dumps({"dtype": spec.dtype, "device": spec.device.split(":")[0], **spec.engine_args}, sort_keys=True)
+    return digest(*shards, config.read_bytes() if config.is_file() else b"", options).hex()
+
+
+def _unlink_rows(spec: WorkerSpec) -> None:
+    """The memory that KV blocks lie in is the processes' that have it: none that is killed leaves it behind."""
+    for path in vllm_compat.host_region_files(vllm_options.engine_id(spec)):
+        path.unlink(missing_ok=True)
+
+
 async def _serve(
-    server: subprocess.Popen[bytes], spec: WorkerSpec, channel: control.Channel, stopping: asyncio.Event
+    server: subprocess.Popen[bytes],
+    spec: WorkerSpec,
+    channel: control.Channel,
+    asker: control.Asker,
+    door: Door | None,
+    stopping: asyncio.Event,
 ) -> int:
     client = VllmClient(spec.socket_path)
     ended = asyncio.create_task(asyncio.to_thread(server.wait), name="server")
     stop = asyncio.create_task(stopping.wait(), name="stop")
-    manager = asyncio.create_task(_answer(client, spec, channel, stopping), name="control")
+    manager = asyncio.create_task(_answer(client, spec, channel, asker, door, stopping), name="control")
     await asyncio.wait({ended, stop, manager}, return_when=asyncio.FIRST_COMPLETED)
     crashed = ended.done() and not stopping.is_set()
     failed = manager.exception() if manager.done() else None
@@ -93,9 +132,17 @@ async def _serve(
     return 1 if crashed or failed is not None else 0
 
 
-async def _answer(client: VllmClient, spec: WorkerSpec, channel: control.Channel, stopping: asyncio.Event) -> None:
+async def _answer(
+    client: VllmClient,
+    spec: WorkerSpec,
+    channel: control.Channel,
+    asker: control.Asker,
+    door: Door | None,
+    stopping: asyncio.Event,
+) -> None:
     """Says hello once the engine answers; returns when the manager's end closes. Raises TransitionError."""
     await _until_healthy(client)
+    _unlink_rows(spec)
     awake, loaded = await describe(client), await fingerprints(client)
     held = awake.weights_bytes + awake.kv_bytes if awake.free_bytes is None else 0
     with contextlib.suppress(control.ChannelClosed):
@@ -111,7 +158,7 @@ async def _answer(client: VllmClient, spec: WorkerSpec, channel: control.Channel
                 "working_bytes": None if awake.free_bytes is None else 0,
             }
         )
-        await control.serve(channel, VllmVerbs(spec, client, awake, loaded, stopping.set).table())
+        await control.serve(channel, VllmVerbs(spec, client, awake, loaded, stopping.set, door).table(), asker)
 
 
 async def _until_healthy(client: VllmClient) -> None:

@@ -14,6 +14,7 @@ from mball.errors import TransitionError
 from mball.memory.control import Handler, Message
 from mball.memory.spec import WorkerSpec
 from mball.server.worker.manners import Fence, no_descriptor
+from mball.server.worker.vllm_door import Door
 from mball.server.worker.vllm_http import VllmClient
 from mball.units import format_bytes
 
@@ -66,9 +67,17 @@ class VllmVerbs:
     """The engine is awake. One residency verb at a time; `status`, `stop` and the filling of an image at any time."""
 
     def __init__(
-        self, spec: WorkerSpec, client: VllmClient, awake: Described, loaded: list[str], stop: Callable[[], None]
+        self,
+        spec: WorkerSpec,
+        client: VllmClient,
+        awake: Described,
+        loaded: list[str],
+        stop: Callable[[], None],
+        door: Door | None = None,
     ) -> None:
-        """`loaded`: the weights' fingerprints now."""
+        """`loaded`: the weights' fingerprints now. `door`: where its engine asks for the swap store (None: it keeps no
+        KV there)."""
+        self._door = door
         self._spec = spec
         self._client = client
         self._awake = awake
@@ -201,9 +210,13 @@ class VllmVerbs:
             return {}
 
     async def _swap(self, message: Message, fd: int | None) -> Message:
-        """Its KV blocks stay on the device."""
-        if fd is not None:
+        """The swap store: the descriptor of its file, and its layout under `slots`."""
+        if fd is None:
+            raise TransitionError("swap: no descriptor came with it")
+        if self._door is None:
             os.close(fd)
+            return {}
+        await self._door.give(fd, message.get("slots", {}))
         return {}
 
     async def _canary(self, message: Message, fd: int | None) -> Message:
@@ -224,7 +237,8 @@ class VllmVerbs:
         """No answer of the engine's is none of ours: the manager ends what hangs."""
         no_descriptor(fd)
         await self._client.get("/health", deadline_s=ANSWER_S)
-        return {"engine": "vllm", "asleep": self._asleep, "image": self._image, "spare_bytes": 0}
+        kv = {} if self._door is None else await self._door.counts()
+        return {"engine": "vllm", "asleep": self._asleep, "image": self._image, "spare_bytes": 0, "kv": kv}
 
     async def _stopped(self, message: Message, fd: int | None) -> Message:
         no_descriptor(fd)
