@@ -29,10 +29,11 @@ from aiohttp import web
 from mball.device import libc, prctl
 from mball.device.account import open_account
 from mball.device.proc import private_bytes
-from mball.errors import Cancelled, CheckpointError, TransitionError
+from mball.errors import Cancelled, CheckpointError, SwapMiss, TransitionError
 from mball.memory import control
 from mball.memory.spec import WorkerSpec
-from mball.swap.place import digest
+from mball.swap.disk import aligned
+from mball.swap.place import Place, digest
 from mball.swap.slots import Slots
 
 PR_SET_PDEATHSIG = 1
@@ -47,7 +48,9 @@ class Knobs:
     request would take `layer_s` longer.
 
     `crash_at`, `hang_at`, `fail_at` name the step at which it kills itself, never answers, or answers with an error.
-    `leases`: so many blocks of the swap store it leases as soon as it has it, and never writes.
+    `content` names what is in its image, by default its own name (-: it can't be loaded from the swap store); reading
+    it there takes `reads_s` and not `promote_s`. `leases`: so many blocks of the swap store it leases as soon as it has
+    it, and never writes.
     `orphan`: it has a child, with `leaves_group` in a session of its own. `lone`: it goes on without a manager.
     `times` bounds how often that happens, over all workers that share the file `counter`; without one: always.
     """
@@ -72,6 +75,8 @@ class Knobs:
     leaves_group: bool = False
     lone: bool = False
     leases: int = 0
+    content: str = ""
+    reads_s: float = 0.0
     cannot_start: str = ""
     crash_at: str = ""
     hang_at: str = ""
@@ -134,7 +139,12 @@ class FakeWorker:
             "kv_bytes": self.knobs.kv_bytes,
             "image_bytes": self.knobs.image_bytes or self.knobs.weights_bytes,
             "working_bytes": self.knobs.working_bytes,
+            "image_key": self.image_key,
         }
+
+    @property
+    def image_key(self) -> str | None:
+        return digest("fake image", self.knobs.content or self.spec.model).hex() if self.knobs.content != "-" else None
 
     async def fault(self, step: str) -> None:
         knobs = self.knobs
@@ -173,7 +183,8 @@ class FakeWorker:
     async def promote(self, message: control.Message, fd: int | None) -> control.Message:
         began = time.monotonic()
         await asyncio.to_thread(self._take, self.held - self.taken)
-        await asyncio.sleep(self.knobs.promote_s)
+        came = await asyncio.to_thread(self._read_stored, fd)
+        await asyncio.sleep(self.knobs.reads_s if came["weights_from"] == "nvme" else self.knobs.promote_s)
         try:
             await self.fault("promote")
         except TransitionError:
@@ -187,7 +198,23 @@ class FakeWorker:
             "load_s": took,
             "total_s": took,
             "from_image": self.image_ready,
+            **came,
         }
+
+    def _read_stored(self, fd: int | None) -> dict[str, str]:
+        """All of its image in the swap store, where it was told where that is."""
+        if fd is None or self.slots is None or self.image_ready:
+            return {"weights_from": "dram" if self.image_ready else "source"}
+        place = Place.from_wire(json.loads(os.pread(fd, os.fstat(fd).st_size, 0)))
+        os.close(fd)
+        memory = aligned(place.nbytes)
+        try:
+            self.slots.read(place, memory)
+        except SwapMiss as miss:
+            return {"weights_from": "source", "missed": miss.reason}
+        if memory != b"\1" * place.nbytes:
+            raise TransitionError("what the swap store holds is not this model's")
+        return {"weights_from": "nvme"}
 
     async def demote(self, message: control.Message, fd: int | None) -> control.Message:
         began = time.monotonic()
@@ -250,7 +277,7 @@ class FakeWorker:
             self.image = None
             raise Cancelled("the image is not wanted any more")
         self.image_ready = True
-        return {"bytes": nbytes, "fill_s": self.knobs.image_s}
+        return {"bytes": nbytes, "fill_s": self.knobs.image_s, "key": self.image_key}
 
     async def drop_image(self, message: control.Message, fd: int | None) -> control.Message:
         await self.fault("drop_image")

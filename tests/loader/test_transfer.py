@@ -77,7 +77,7 @@ class Machine:
         extents = self.extents() if extents is None else extents
         slab = HostSlab(2 * self.checkpoint.nbytes + 4096)
         slab.memory().fill_(171)
-        source = Source(self.checkpoint, image_fd)
+        source = Source(self.checkpoint, image_fd, (options or Options()).stored)
         options = options or Options()
         into = options.fill_image_fd
         with nullcontext() if into is None else closing(Writer(into)) as writer:

@@ -14,6 +14,7 @@ import pytest
 from mball.device.device import Device
 from mball.device.simulated import SimulatedDevice
 from mball.memory.manager import Manager
+from mball.memory.pressure_watch import Gauge
 from mball.memory.queue import Ticket
 from mball.memory.settings import Settings
 from mball.memory.slot import Slot
@@ -120,6 +121,7 @@ async def serve(runtime_dir: Path, device: SimulatedDevice) -> AsyncIterator[Ser
             dram_bytes: int = 0,
             command_for: Callable[[ModelSpec], list[str]] = lambda spec: command(),
             swap: SwapSettings | None = None,
+            gauge: Gauge | None = None,
         ) -> Running:
             chosen = list(on) if isinstance(on, Sequence) else [on or device]
             manager = Manager(
@@ -130,6 +132,7 @@ async def serve(runtime_dir: Path, device: SimulatedDevice) -> AsyncIterator[Ser
                 command_for=command_for,
                 settings=settings,
                 swap=swap,
+                gauge=gauge,
             )
             stack.push_async_callback(manager.close, 0.0)
             await manager.start()

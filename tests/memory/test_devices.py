@@ -23,6 +23,7 @@ from mball.memory.nursery import Nursery
 from mball.memory.settings import Settings
 from mball.memory.slot import Slot
 from mball.memory.swap_broker import SwapBroker
+from mball.memory.swap_images import SwapImages
 from mball.memory.swap_keeper import SwapKeeper
 from mball.units import MiB
 from tests.fake_worker import Knobs
@@ -206,9 +207,10 @@ def fleet(sizes: list[int], needs: list[tuple[int, int | None]]) -> tuple[Device
         found.spec = dataclasses.replace(found.spec, working_bytes=0)
     by_name = {m.name: m for m in models}
     devices = Devices(by_name, rules, events)
-    images = Images(Ledger("dram", 0), rules, events, lambda: None)
+    keeper = SwapKeeper(None, events)
+    images = Images(Ledger("dram", 0), rules, events, lambda: None, SwapImages(keeper, rules, events))
     nursery = Nursery({}, rules, None, FOLDER)
-    swap = SwapBroker(SwapKeeper(None, events), rules.verb_s)
+    swap = SwapBroker(keeper, rules.verb_s)
     slots = [
         Slot(_device(n, size), size, devices, images, rules, events, FOLDER, FOLDER, lambda _: [], nursery, swap)
         for n, size in enumerate(sizes)

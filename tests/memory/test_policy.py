@@ -317,3 +317,28 @@ def test_no_decision_promises_more_than_there_is_or_moves_what_is_in_use(look: L
     assert all(by_name[name].settled for name in begun)
     moved = {move.model for bring in brought for move in bring.moves} | {move.model for move in decision.send}
     assert not moved & {*begun, *decision.gates}
+
+
+def fetched(*standings: Standing, **values: Any) -> list[str]:
+    look = Look(values.pop("free_bytes", 0), standings, dram_free_bytes=values.pop("dram_free_bytes", 60), **values)
+    return [fill.model for fill in decide(look, RULES).fills]
+
+
+def test_what_rests_in_the_swap_store_comes_to_dram_while_it_waits() -> None:
+    stored = asleep("s", stored=True, image_wanted_bytes=50)
+    leaving = awake("a", in_flight=1, stay_s=99.0, min_stay_s=1.0)
+    staying = awake("a", in_flight=1, stay_s=1.0, min_stay_s=99.0)
+    for other, values in ((leaving, {}), (staying, {}), (awake("a"), {"busy": True})):
+        assert fetched(other, stored, **values) == ["s"]
+        assert fetched(other, replace(stored, stored=False), **values) == [], "from its files it is not"
+        assert fetched(other, replace(stored, queued=0), **values) == []
+        assert fetched(other, stored, dram_free_bytes=49, **values) == [], "no image goes for it"
+        assert fetched(other, stored, reading=True, **values) == [], "the disk has work"
+        assert fetched(other, replace(stored, filling=True), **values) == []
+        busy = asleep("b", 3, filling=True, image_wanted_bytes=50)
+        assert fetched(other, stored, busy, **values) == []
+        coming = replace(asleep("c", 4), arriving=True, settled=False)
+        assert fetched(other, stored, coming, **values) == [], "another is loading from the disk"
+        fast = replace(coming, candidate=replace(coming.candidate, image_bytes=50))
+        assert fetched(other, stored, fast, **values) == ["s"]
+    assert fetched(stored, free_bytes=100) == [], "its turn has come: straight to the device"

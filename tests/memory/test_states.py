@@ -8,43 +8,60 @@ from mball.errors import IllegalMove
 from mball.memory.states import MOVES, Process, State, Weights
 
 GONE, STARTING, ALIVE, STOPPING, FAILED = Process
-DEVICE, DRAM, SOURCE = Weights
+DEVICE, DRAM, NVME, SOURCE = Weights
 EVERY = [State(process, weights) for process, weights in itertools.product(Process, Weights)]
 
 LEGAL = {
     ("start", GONE, DRAM, STARTING, DRAM),
     ("start", GONE, SOURCE, STARTING, SOURCE),
+    ("start", GONE, NVME, STARTING, NVME),
     ("started", STARTING, DRAM, ALIVE, DRAM),
     ("started", STARTING, SOURCE, ALIVE, SOURCE),
+    ("started", STARTING, NVME, ALIVE, NVME),
     ("promote", ALIVE, DRAM, ALIVE, DEVICE),
     ("promote", ALIVE, SOURCE, ALIVE, DEVICE),
+    ("promote", ALIVE, NVME, ALIVE, DEVICE),
     ("demote", ALIVE, DEVICE, ALIVE, DRAM),
     ("demote", ALIVE, DEVICE, ALIVE, SOURCE),
+    ("demote", ALIVE, DEVICE, ALIVE, NVME),
     ("stop", STARTING, DRAM, STOPPING, DRAM),
     ("stop", STARTING, SOURCE, STOPPING, SOURCE),
+    ("stop", STARTING, NVME, STOPPING, NVME),
     ("stop", ALIVE, DRAM, STOPPING, DRAM),
     ("stop", ALIVE, SOURCE, STOPPING, SOURCE),
+    ("stop", ALIVE, NVME, STOPPING, NVME),
     ("stop", ALIVE, DEVICE, STOPPING, DEVICE),
     ("exited", STOPPING, DRAM, GONE, DRAM),
     ("exited", STOPPING, SOURCE, GONE, SOURCE),
+    ("exited", STOPPING, NVME, GONE, NVME),
     ("exited", STOPPING, DEVICE, GONE, DRAM),
     ("exited", STOPPING, DEVICE, GONE, SOURCE),
+    ("exited", STOPPING, DEVICE, GONE, NVME),
     ("died", STARTING, DRAM, GONE, DRAM),
     ("died", STARTING, SOURCE, GONE, SOURCE),
+    ("died", STARTING, NVME, GONE, NVME),
     ("died", ALIVE, DRAM, GONE, DRAM),
     ("died", ALIVE, SOURCE, GONE, SOURCE),
+    ("died", ALIVE, NVME, GONE, NVME),
     ("died", ALIVE, DEVICE, GONE, DRAM),
     ("died", ALIVE, DEVICE, GONE, SOURCE),
+    ("died", ALIVE, DEVICE, GONE, NVME),
     ("fail", GONE, DRAM, FAILED, DRAM),
     ("fail", GONE, SOURCE, FAILED, SOURCE),
+    ("fail", GONE, NVME, FAILED, NVME),
     ("retry", FAILED, DRAM, GONE, DRAM),
     ("retry", FAILED, SOURCE, GONE, SOURCE),
+    ("retry", FAILED, NVME, GONE, NVME),
 } | {
     move
     for process in Process
     for move in (
         ("image ready", process, SOURCE, process, DRAM),
+        ("image ready", process, NVME, process, DRAM),
         ("image dropped", process, DRAM, process, SOURCE),
+        ("image dropped", process, DRAM, process, NVME),
+        ("found in the swap store", process, SOURCE, process, NVME),
+        ("gone from the swap store", process, NVME, process, SOURCE),
     )
 }
 
@@ -78,6 +95,8 @@ def test_weights_on_the_device_belong_to_a_live_process() -> None:
         (State(ALIVE, DEVICE), "device"),
         (State(ALIVE, DRAM), "dram"),
         (State(GONE, DRAM), "dram"),
+        (State(ALIVE, NVME), "nvme"),
+        (State(GONE, NVME), "nvme"),
         (State(ALIVE, SOURCE), "source"),
         (State(GONE, SOURCE), "stopped"),
         (State(STARTING, DRAM), "starting"),

@@ -14,15 +14,19 @@ from mball.device.cuda import CudaRuntime, Runtime
 from mball.device.host import host_threads, usable_cpus
 from mball.device.memfd import Writer
 from mball.loader.checkpoint import Checkpoint
-from mball.loader.lanes import FileLane, HostLane, Lane, TeeLane
+from mball.loader.lanes import FileLane, HostLane, Lane, ScratchLane, TeeLane
 from mball.loader.paths import EVERY_WAY, Way
-from mball.loader.plan import Extent, chunked, uncovered
+from mball.loader.plan import Extent, chunked, grouped, uncovered
 from mball.loader.reader import read
 from mball.loader.slab import Slab
-from mball.loader.source import Source
+from mball.loader.source import ImageReader, Source
 from mball.loader.transfer import RingLane, Transfer
 from mball.loader.tuning import profile
 from mball.loader.workers import Progress, work_through
+from mball.units import MiB
+
+STORED_BYTES = 16 * MiB
+"""Of a stored image in one read: whole slots of most sizes."""
 
 if TYPE_CHECKING:  # it hashes, and an engine with an interpreter of its own may have nothing to do that with
     from mball.loader.manifest import Manifest
@@ -34,7 +38,8 @@ class Options:
 
     `threads`: None for what the machine has. `ways`: those that a GPU's bytes may take (see paths.Way), to try or
     measure one alone. `verify`: a manifest, whose digests every byte is checked against; then the way is the ring.
-    `fill_image_fd`: an empty image, which is filled with what is read on the way, and is whole after a load.
+    `fill_image_fd`: an empty image, which is filled with what is read on the way, and is whole after a load. `stored`:
+    reads the image from where it is kept, where no memfd is given.
     """
 
     threads: int | None = None
@@ -43,6 +48,7 @@ class Options:
     cancel: threading.Event | None = None
     verify: Manifest | None = None
     fill_image_fd: int | None = None
+    stored: ImageReader | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ def fill(
 ) -> Filled:
     """Read every extent into the populated slab, from the source image where one is given, else from the shards.
 
-    Raises ReadError, DigestMismatch, Cancelled, TimeoutError.
+    Raises ReadError, DigestMismatch, Cancelled, TimeoutError, and SwapMiss from `stored`.
     """
     memory = slab.memory()
     with ExitStack() as ends:
@@ -66,7 +72,7 @@ def fill(
         if options.fill_image_fd is not None:
             image = Writer(options.fill_image_fd)
             ends.callback(image.close)
-        source = Source(checkpoint, image_fd)
+        source = Source(checkpoint, image_fd, options.stored)
         if memory.device.type == "cuda":
             filled = through(CudaRuntime(memory.device), extents, checkpoint, slab, options, source, image)
         else:
@@ -85,6 +91,18 @@ def _on_the_host(
     image: Writer | None,
 ) -> Filled:
     threads = options.threads if options.threads is not None else host_threads()
+    if not source.is_files and source.image_fd is None and options.verify is None and image is None:
+        total_bytes = sum(extent.nbytes for extent in extents)
+        work_through(
+            grouped(extents, STORED_BYTES, source.shifts),
+            total_bytes,
+            lambda: ScratchLane(memory, source, STORED_BYTES),
+            threads=threads,
+            progress=options.progress,
+            cancel=options.cancel,
+            when_idle=source.close,
+        )
+        return Filled(total_bytes)
     nbytes = read(
         chunked(extents),
         source,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from contextlib import closing
@@ -15,7 +16,29 @@ from mball.loader.manifest import Manifest
 from mball.loader.plan import Extent, chunked
 from mball.loader.reader import Progress, Source, read
 
-__all__ = ["create", "fill", "seal"]
+__all__ = ["create", "fill", "key", "seal"]
+
+_KIND = b"mball source image 1"
+
+
+def key(checkpoint: Checkpoint) -> bytes:
+    """SHA-256 that names the source image as the shards are now: of their paths, headers, sizes and times of change
+    (ctime: whoever writes to a file can't set it back), so that nothing large is read.
+
+    Raises ReadError.
+    """
+    digest = hashlib.sha256(_KIND)
+    for shard in checkpoint.shards:
+        try:
+            with shard.path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                head = file.read(shard.data_start)
+        except OSError as error:
+            raise ReadError(f"cannot be read: {error.strerror}", file=str(shard.path)) from error
+        where = os.fsencode(shard.path.resolve())
+        for part in (where, b"%d %d" % (status.st_size, status.st_ctime_ns), head):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
 
 
 def fill(

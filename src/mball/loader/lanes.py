@@ -11,8 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mball.device.mapping import Mapping
 from mball.device.memfd import Writer
-from mball.loader.plan import CHUNK_BYTES, Extent
+from mball.loader.plan import CHUNK_BYTES, Chunk, Extent
+from mball.loader.source import Source
 
 
 class Lane(Protocol):
@@ -86,6 +88,32 @@ class TeeLane:
 
     def finish(self) -> None:
         self._lane.finish()
+
+
+class ScratchLane:
+    """One thread's: whole chunks of a source, read into aligned memory and copied from there to where they belong."""
+
+    def __init__(self, base: Tensor, source: Source, chunk_bytes: int) -> None:
+        """`chunk_bytes` is the most that a chunk has. Raises OSError."""
+        self._base = base
+        self._source = source
+        self._mapping = Mapping(chunk_bytes)
+        self._memory = memoryview(self._mapping.buffer).cast("B")
+
+    def take(self, chunk: Chunk) -> int:
+        content = self._memory[: chunk.nbytes]
+        if chunk.plain:
+            self._source.read_into(content, chunk.shard, chunk.start)
+        else:
+            self._source.read_extent(content, chunk.extents[0])
+        at = 0
+        for extent in chunk.extents:
+            _put(extent, torch.frombuffer(content[at : at + extent.nbytes], dtype=torch.uint8), self._base)
+            at += extent.nbytes
+        return chunk.nbytes
+
+    def finish(self) -> None:
+        self._mapping.close()
 
 
 def _put(extent: Extent, buffer: Tensor, base: Tensor) -> None:

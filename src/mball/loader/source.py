@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from mball.device.mapping import Mapping, map_file
@@ -22,12 +23,17 @@ _SAMPLE_BYTES = 256 * KiB
 """The kernel looks at every page that is asked about: for a whole model that takes a tenth of a second."""
 
 
-class Source:
-    """A checkpoint's shards, or its image where `image_fd` is given (not closed here)."""
+ImageReader = Callable[[memoryview, int], None]
+"""Fills memory from a byte of the source image on, wherever that is kept. Raises SwapMiss where it can't be had."""
 
-    def __init__(self, checkpoint: Checkpoint, image_fd: int | None = None) -> None:
+
+class Source:
+    """A checkpoint's shards, or its image: in a memfd (`image_fd`, not closed here), or as `stored` reads it."""
+
+    def __init__(self, checkpoint: Checkpoint, image_fd: int | None = None, stored: ImageReader | None = None) -> None:
         self._checkpoint = checkpoint
         self._image_fd = image_fd
+        self._stored = stored if image_fd is None else None
         self._fds: list[int] = []
         self._direct: dict[int, int | None] = {}
         self._mappings: dict[int, Mapping] = {}
@@ -35,7 +41,7 @@ class Source:
         try:
             if image_fd is not None:
                 _check_size(image_fd, checkpoint.image_bytes, "its image", checkpoint.path)
-            else:
+            elif stored is None:
                 for shard in checkpoint.shards:
                     self._fds.append(_open(shard.path))
                     _check_size(self._fds[-1], shard.size_bytes, "the file", shard.path)
@@ -48,9 +54,14 @@ class Source:
         return self._image_fd
 
     @property
+    def is_files(self) -> bool:
+        """Whether it is the shards themselves."""
+        return self._image_fd is None and self._stored is None
+
+    @property
     def shifts(self) -> list[int]:
         """By shard: what to add to a byte of its file to have the byte of what is read."""
-        if self._image_fd is None:
+        if self.is_files:
             return [0] * len(self._checkpoint.shards)
         return self._checkpoint.image_shifts
 
@@ -116,10 +127,11 @@ class Source:
             raise self._failed(error, shard, start) from error
 
     def mostly_resident(self) -> bool:
-        """Whether most of what is looked at, a sample of every shard, is there; so is what the system won't tell.
-
-        Raises ReadError.
+        """Whether most of what is looked at, a sample of every shard, is there; so is what the system won't tell, and
+        what is in a store is not. Raises ReadError.
         """
+        if self._stored is not None:
+            return False
         found = []
         for number, shard in enumerate(self._checkpoint.shards):
             step = max(_SAMPLE_BYTES, shard.size_bytes // _SAMPLES)
@@ -128,7 +140,7 @@ class Source:
 
     def drop(self, shard: int, start: int, nbytes: int) -> None:
         """Let the page cache forget these bytes of a shard's file."""
-        if self._image_fd is None:
+        if self.is_files:
             os.posix_fadvise(self._fds[shard], start, nbytes, os.POSIX_FADV_DONTNEED)
 
     def mapping(self, shard: int) -> Mapping:
@@ -154,15 +166,20 @@ class Source:
             os.close(self._fds.pop())
 
     def _read(self, buffer: memoryview, shard: int, start: int) -> int:
-        if self._image_fd is None:
+        if self.is_files:
             return os.preadv(self._fds[shard], [buffer], start)
         place = self._checkpoint.shards[shard]
+        if self._stored is not None:
+            self._stored(buffer, place.image_offset + start - place.data_start)
+            return len(buffer)
+        if self._image_fd is None:
+            raise RuntimeError("a source of nothing")
         return os.preadv(self._image_fd, [buffer], place.image_offset + start - place.data_start)
 
     def _direct_fd(self, shard: int) -> int | None:
         with self._lock:
             if shard not in self._direct:
-                self._direct[shard] = None if self._image_fd is not None else _open_direct(self._fds[shard])
+                self._direct[shard] = _open_direct(self._fds[shard]) if self.is_files else None
             return self._direct[shard]
 
     def _refuse_direct(self, shard: int) -> None:

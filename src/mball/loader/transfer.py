@@ -56,8 +56,8 @@ class Transfer:
         self._ways = frozenset(ways)
         self._total_bytes = total_bytes
         self._tight = total_bytes > host.available_bytes()
-        self._mappable = tee is None and (source.image_fd is None or self.image is not None)
-        self._direct = source.image_fd is None
+        self._mappable = tee is None and (source.is_files or self.image is not None)
+        self._direct = source.is_files
         self._ring_key = f"{type(runtime).__name__} {memory.device}"
         self._ring: Ring | None = None
         self._lock = threading.Lock()
@@ -72,7 +72,7 @@ class Transfer:
         room = self.profile.buffer_bytes
         if chunk.nbytes <= room // 2 or (chunk.plain and chunk.start % room + chunk.nbytes <= room):
             return [chunk]
-        return grouped(chunk.extents, room)
+        return grouped(chunk.extents, room, self.source.shifts)
 
     @property
     def bytes_by_way(self) -> Mapping[str, int]:
@@ -96,7 +96,7 @@ class Transfer:
 
     def way(self, chunk: Chunk) -> Way:
         ways = self._ways
-        asked = len(ways) > 1 and self.source.image_fd is None
+        asked = len(ways) > 1 and self.source.is_files
         return choose(
             resident=self.source.resident_share(chunk.shard, chunk.start, chunk.nbytes) if asked else None,
             cores=0 if self.image is not None else self.profile.cores,

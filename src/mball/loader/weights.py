@@ -21,6 +21,7 @@ from mball.loader.manifest import Manifest
 from mball.loader.paths import EVERY_WAY, Way
 from mball.loader.plan import Extent, aligned
 from mball.loader.slab import Slab, open_slab
+from mball.loader.source import ImageReader
 from mball.loader.workers import Progress
 
 __all__ = ["LoadStats", "Piece", "Weights", "load_into"]
@@ -94,16 +95,18 @@ class Weights:
         cancel: threading.Event | None = None,
         verify: Manifest | None = None,
         fill_image_fd: int | None = None,
+        stored: ImageReader | None = None,
     ) -> LoadStats:
-        """Fill the module's tensors, from the source image where one is given, else from the shards.
+        """Fill the module's tensors, from the source image where one is given, else as `stored` reads it, else from the
+        shards.
 
         On a GPU the image's pages are registered with the driver, and stay so until `registered.IMAGES.detach`, which
         is to be called before the descriptor is closed. `ways` are those that bytes may take there. With `verify`, the
         checkpoint's manifest, every byte is checked on the way in. `fill_image_fd` is an empty image that is filled on
         the way: disk, image and device in one pass. `threads`: None for what the machine has.
 
-        Raises ReadError, DigestMismatch, Cancelled, DeviceOutOfMemory, TimeoutError; after an error nothing is held on
-        the device.
+        Raises ReadError, DigestMismatch, Cancelled, DeviceOutOfMemory, TimeoutError, and SwapMiss from `stored`; after
+        an error nothing is held on the device.
         """
         begin = time.perf_counter()
         with ExitStack() as undo:
@@ -111,7 +114,7 @@ class Weights:
             undo.callback(self._slab.release)
             if not self._placed:
                 self._place()
-            options = Options(threads, ways, progress, cancel, verify, fill_image_fd)
+            options = Options(threads, ways, progress, cancel, verify, fill_image_fd, stored)
             filled = fill(self._extents, self._checkpoint, self._slab, options, image_fd)
             undo.pop_all()
         return LoadStats(filled.nbytes, time.perf_counter() - begin, filled.by_way)

@@ -52,12 +52,14 @@ class Needs:
 
 @dataclass
 class Figures:
-    """Smoothed. `load_rate` in bytes a second and `last_swap_s` are of the last promotion; `balloon_s` is what taking
-    back what a balloon took lasts. `needs` are kept for the time when no worker lives."""
+    """Smoothed. `load_rate` in bytes a second and `last_swap_s` are of the last promotion; `source_rate` is that at
+    which its files are read; `balloon_s` is what taking back what a balloon took lasts. `needs` are kept for the time
+    when no worker lives."""
 
     start_s: Smoothed = field(default_factory=Smoothed)
     demote_s: Smoothed = field(default_factory=Smoothed)
     balloon_s: Smoothed = field(default_factory=Smoothed)
+    source_rate: Smoothed = field(default_factory=Smoothed)
     promote_s: dict[Weights, Smoothed] = field(default_factory=lambda: {w: Smoothed() for w in Weights})
     held: HighWater = field(default_factory=HighWater)
     needs: Needs | None = None

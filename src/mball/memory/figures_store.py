@@ -40,6 +40,7 @@ class Kept(BaseModel):
     kv_bytes: _Bytes = 0
     working_bytes: _Bytes = 0
     load_rate: _Seconds | None = None
+    source_rate: _Seconds | None = None
 
     @classmethod
     def of(cls, figures: Figures, revision: str, rate: float, saved_at: float) -> Kept:
@@ -58,11 +59,13 @@ class Kept(BaseModel):
             kv_bytes=needs.kv_bytes,
             working_bytes=needs.working_bytes,
             load_rate=figures.load_rate,
+            source_rate=figures.source_rate.value,
         )
 
     def figures(self) -> Figures:
         figures = Figures(load_rate=self.load_rate)
         figures.start_s.value, figures.demote_s.value = self.start_s, self.demote_s
+        figures.source_rate.value = self.source_rate
         figures.balloon_s.value, figures.held.value = self.balloon_s, self.held_bytes
         for rung in Weights:
             figures.promote_s[rung].value = self.promote_s.get(rung.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from mball.memory.planner import Demand, Snapshot, plan
 from mball.memory.policy import image_drops
 from mball.memory.settings import Settings
 from mball.memory.states import Process, Weights
+from mball.memory.swap_images import SwapImages
 from mball.units import format_bytes
 
 if TYPE_CHECKING:
@@ -30,11 +32,14 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(eq=False)
 class Image:
-    """A memfd that outlives workers. `ready`: filled and sealed."""
+    """A memfd that outlives workers. `ready`: filled and sealed; `key` names what is in it (None: it can't be had from
+    the swap store). `transfer` reads it from there, or writes it there; it ends with the image."""
 
     fd: int
     nbytes: int
     ready: bool = False
+    key: bytes | None = None
+    transfer: asyncio.Task[bool] | None = None
 
 
 class Images:
@@ -44,8 +49,11 @@ class Images:
     valuable goes first, and only for one that is worth twice as much.
     """
 
-    def __init__(self, ledger: Ledger, settings: Settings, events: Events, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, ledger: Ledger, settings: Settings, events: Events, changed: Callable[[], None], swap: SwapImages
+    ) -> None:
         self.ledger = ledger
+        self.swap = swap
         self._events = events
         self._settings = settings
         self._changed = changed
@@ -61,22 +69,40 @@ class Images:
         return task
 
     async def attach(self, model: Model) -> None:
-        """Gives a ready image to a worker that has just started. Raises TransitionError."""
-        if model.image is not None and model.image.ready and model.worker is not None:
-            await model.worker.call("image", deadline_s=self._settings.verb_s, fd=model.image.fd, state="ready")
+        """Gives a ready image to a worker that has just started, whose lock is held: one that was made of the files as
+        it knows them. Raises TransitionError."""
+        image, worker = model.image, model.worker
+        if image is None or not image.ready or worker is None:
+            return
+        if image.key is not None and image.key != model.image_key:
+            await self.forget(model, "the model's files have changed since it was made")
+            return
+        await self._hand(worker, image)
 
-    async def drop(self, model: Model, reason: str) -> None:
-        """Frees a model's image. A worker that does not let go of it in time is killed: it would keep the pages."""
+    async def drop(self, model: Model, reason: str, *, store_s: float = 0.0) -> None:
+        """Frees a model's image, which is written to the swap store before, where it is worth that and there are
+        `store_s` for it. A worker that does not let go of it in time is killed: it would keep the pages."""
+        image = model.image
+        if image is not None and image.ready and store_s > 0:
+            # Who else drops it waits for the same writing, each as long as he may.
+            if image.transfer is None:
+                image.transfer = asyncio.create_task(self.swap.keep(model, image, store_s), name=f"store {model.name}")
+            await asyncio.wait({image.transfer}, timeout=store_s)
+            if model.image is not image:  # another has dropped it meanwhile
+                return
         async with model.lock:  # no promotion reads it now
             await self.forget(model, reason)
 
     async def forget(self, model: Model, reason: str) -> None:
-        """As `drop`, by whoever holds the model's lock."""
+        """As `drop`, by whoever holds the model's lock, and nothing is written."""
         image, model.image = model.image, None
         if image is None:
             return
+        self.swap.look(model)
         if model.state.weights is Weights.DRAM:
-            model.state = model.state.to(weights=Weights.SOURCE)
+            model.state = model.state.to(weights=model.rest)
+        if image.transfer is not None:
+            image.transfer.cancel()
         try:
             if model.worker is not None and model.state.process is Process.ALIVE:
                 await self._let_go(model.worker)
@@ -96,7 +122,12 @@ class Images:
         )
         held = sum(candidate.image_bytes for candidate in kept)
         for move in plan(Snapshot(0, kept), Demand("", 0, dram_bytes=min(nbytes, held))) or []:
-            await self.drop(owned[move.model][0], f"{why}; {move.reason}")
+            await self.drop(owned[move.model][0], f"{why}; {move.reason}", store_s=self._settings.hurry_s)
+
+    async def _hand(self, worker: WorkerProcess, image: Image) -> None:
+        """Refused where the model's files are not those that it was made of. Raises TransitionError."""
+        key = None if image.key is None else image.key.hex()
+        await worker.call("image", deadline_s=self._settings.verb_s, fd=image.fd, state="ready", key=key)
 
     async def _let_go(self, worker: WorkerProcess) -> None:
         try:
@@ -120,8 +151,10 @@ class Images:
         victims = self._victims(model, models, nbytes, now_s)
         if worker is None or victims is None:
             return
+        store_s = self._settings.hurry_s if len(model.queue) else self._settings.store_s
         for victim in victims:
-            await self.drop(victim, f"{format_bytes(nbytes)} for {model.name}, which saves more seconds a byte")
+            why = f"{format_bytes(nbytes)} for {model.name}, which saves more seconds a byte"
+            await self.drop(victim, why, store_s=store_s)
         try:
             # The drops took time: another image may have come first.
             self.ledger.promise(model.name, nbytes)
@@ -129,6 +162,10 @@ class Images:
             _log.info("no image", model=model.name, reason=str(error))
             return
         image = model.image = Image(memfd.create(model.name, nbytes), nbytes)
+        self.swap.look(model)
+        if model.stored:
+            await self._fetch(model, image)
+            return
         try:
             filled = await worker.call("image", deadline_s=self._settings.image_s, fd=image.fd, state="empty")
             if model.image is not image:  # given up meanwhile, and its descriptor may be another's by now
@@ -139,10 +176,41 @@ class Images:
                 _log.warning("image not filled", model=model.name, error=str(error))
                 await self.drop(model, "it could not be filled")
             return
+        fill_s = float(filled.get("fill_s", 0.0))
+        if fill_s > 0:
+            model.figures.source_rate.add(nbytes / fill_s)
+        image.key = None if (key := filled.get("key")) is None else bytes.fromhex(key)
+        self._ready(model, image, fill_s, Weights.SOURCE)
+
+    async def _fetch(self, model: Model, image: Image) -> None:
+        """From the swap store. Where that fails the next filling, or promotion, is from the source."""
+        began = time.monotonic()
+        image.key = model.image_key
+        reading = image.transfer = asyncio.create_task(self.swap.read(model, image), name=f"fetch {model.name}")
+        await asyncio.wait({reading})  # it has a deadline
+        if model.image is not image:  # given up meanwhile
+            return
+        image.transfer = None
+        try:
+            if not reading.result():
+                raise TransitionError("the swap store does not have it")
+            memfd.seal(image.fd)
+            async with model.lock:
+                if model.image is image:
+                    if model.worker is not None:
+                        await self._hand(model.worker, image)
+                    self._ready(model, image, time.monotonic() - began, Weights.NVME)
+        except (TransitionError, OSError) as error:
+            _log.warning("image not fetched", model=model.name, error=str(error))
+            await self.drop(model, "it could not be fetched")
+
+    def _ready(self, model: Model, image: Image, fill_s: float, source: Weights) -> None:
         image.ready = True
-        if model.state.weights is Weights.SOURCE:
+        if model.state.weights in (Weights.NVME, Weights.SOURCE):
             model.state = model.state.to(weights=Weights.DRAM)
-        self._events.record("image ready", model.name, image_bytes=nbytes, fill_s=filled.get("fill_s"))
+        self._events.record(
+            "image ready", model.name, image_bytes=image.nbytes, fill_s=round(fill_s, 3), filled_from=source.value
+        )
 
     def _victims(self, model: Model, models: list[Model], nbytes: int, now_s: float) -> list[Model] | None:
         """Whose images go for this one: [] where there is room, None where those that stay are worth more."""

@@ -20,7 +20,7 @@ class Standing:
     to be started or promoted before. `idle_left_s`: for so long it may still stay without a request (None: for ever).
     `gated_s`: for how long its door
     has been shut. `image_wanted_bytes`: what an image of it would take (0: it has one, or can have none); `filling`:
-    its image is being filled.
+    its image is being filled; `stored`: the swap store has it.
     """
 
     candidate: Candidate
@@ -42,6 +42,7 @@ class Standing:
     gated_s: float | None = None
     image_wanted_bytes: int = 0
     filling: bool = False
+    stored: bool = False
 
     @property
     def name(self) -> str:

@@ -41,6 +41,7 @@ from mball.memory.slot import Slot
 from mball.memory.spec import ModelSpec
 from mball.memory.states import Process
 from mball.memory.swap_broker import SwapBroker
+from mball.memory.swap_images import SwapImages
 from mball.memory.swap_keeper import SwapKeeper
 from mball.memory.worker_log import log_path, log_tail
 from mball.swap.store import Settings as SwapSettings
@@ -91,7 +92,10 @@ class Manager:
         self._runtime_dir = runtime_dir
         self._log_dir = log_dir if log_dir is not None else runtime_dir / "logs"
         self._devices = Devices(self._models, self._settings, self.events)
-        self._images = Images(Ledger("dram", dram_bytes), self._settings, self.events, self._wake)
+        self._swap = SwapKeeper(swap, self.events)
+        self._broker = SwapBroker(self._swap, self._settings.verb_s)
+        swapped = SwapImages(self._swap, self._settings, self.events)
+        self._images = Images(Ledger("dram", dram_bytes), self._settings, self.events, self._wake, swapped)
         self._figures = FiguresKeeper(self._models, devices, state_dir, self._settings)
         if any(device.name == "cpu" for device, _ in devices):
             self._cores = CoresKeeper(self._models, self._settings)
@@ -99,8 +103,6 @@ class Manager:
             self._models, self._images, self.events, gauge or Gauge(), self._settings, self._wake
         )
         zygotes = {tuple(command_for(spec)): line for spec in models if (line := zygote_for(spec)) is not None}
-        self._swap = SwapKeeper(swap, self.events)
-        self._broker = SwapBroker(self._swap, self._settings.verb_s)
         self._nursery = Nursery(zygotes, self._settings, runs_dir, self._log_dir)
         self._devices.settle(
             [
@@ -374,6 +376,7 @@ class Manager:
             for model in self._models.values():
                 if model.worker is not None:
                     await self._broker.introduce(model.worker)
+            self._wake()
 
     def _model(self, name: str) -> Model:
         model = self._models.get(name)

@@ -38,7 +38,7 @@ class Model:
     `context_bytes`: device bytes of its idle worker. `estimate`: what its files say it needs, for the time before its
     first worker. `balloon_bytes`: what its operator wants it to do without, `ballooned_bytes`: what its engine does
     without now, `spare_bytes`: what the engine could give up now beside that, and nobody would notice. `cores`: where
-    its worker may compute.
+    its worker may compute. `stored`: the swap store has its image, and reading it takes `stored_s`, as far as is known.
     `failure` makes the error that its requests get while it has failed. `wanted` without a request: a preload.
     `moving`: it is part of a transition that was decided, and nothing else is to be decided about it; `arriving`:
     that transition brings it in. `unload` is done once it is off the device.
@@ -55,6 +55,8 @@ class Model:
         self.worker: WorkerProcess | None = None
         self.hello: Hello | None = None
         self.image: Image | None = None
+        self.stored = False
+        self.stored_s: float | None = None
         self.figures = Figures()
         self.counters = Counters()
         self.generation = 0
@@ -98,7 +100,14 @@ class Model:
     @property
     def rest(self) -> Weights:
         """Where the weights are when they are not on the device."""
-        return Weights.DRAM if self.image is not None and self.image.ready else Weights.SOURCE
+        if self.image is not None and self.image.ready:
+            return Weights.DRAM
+        return Weights.NVME if self.stored else Weights.SOURCE
+
+    @property
+    def image_key(self) -> bytes | None:
+        """Names its image by its content, as its worker said."""
+        return None if self.hello is None else self.hello.image_key
 
     @property
     def needs(self) -> Needs | None:
@@ -161,7 +170,16 @@ class Model:
 
     @property
     def source_s(self) -> float:
-        """The same where there is no image of it."""
+        """The same where there is no image of it in DRAM."""
+        if not self.stored:
+            return self.load_s
+        known = self.figures.promote_s[Weights.NVME].value
+        known = self.stored_s if known is None else known
+        return self.load_s if known is None else known
+
+    @property
+    def load_s(self) -> float:
+        """The same where there is no image of it at all."""
         known = self.figures.promote_s[Weights.SOURCE].value
         return known if known is not None else self.needed_bytes / self.settings.first_rate
 
@@ -246,6 +264,7 @@ class Model:
             "baseline_bytes": self.hello.baseline_bytes if self.hello else None,
             "image_bytes": self.image.nbytes if self.image else 0,
             "image_ready": self.image is not None and self.image.ready,
+            "stored": self.stored,
             "starts": self.counters.starts,
             "promotions": self.counters.promotions,
             "demotions": self.counters.demotions,

@@ -147,7 +147,12 @@ class _Round:
             self._again.append(s.ready_in_s)
             return
         verb = self._verb(s)
-        if verb is None or s.filling or (verb == "promote" and (self._busy or self._fill_first(s))):
+        if verb is None or s.filling:
+            return
+        if verb == "promote" and self._busy:
+            self._fetch(s)
+            return
+        if verb == "promote" and self._fill_first(s):
             return
         c = s.candidate
         demand = Demand(s.name, s.lacking_bytes, c.oldest_wait_s, self._settings.max_wait_s, priority=c.priority)
@@ -161,11 +166,13 @@ class _Round:
             self._again += [] if change is None else [change]
             self._again += [-self._saved_s / self._settings.swap_time_share] if self._saved_s < 0 else []
             self._keep(demand, sum(c.demote_bytes + c.stop_bytes for c in snapshot.candidates if not c.pinned))
+            self._fetch(s)
         elif any(move.kind == "drain" for move in moves):
             # The idle ones too: whoever entered one of them would have to be waited for next.
             self._out.gates |= {move.model for move in moves if move.kind not in SERVES_ON}
             self._taken |= {move.model for move in moves}
             self._keep(demand, sum(move.frees_bytes for move in moves))
+            self._fetch(s)
         else:
             self._begin(Bring(s.name, verb, demand.nbytes, tuple(moves)))
 
@@ -204,6 +211,16 @@ class _Round:
             return False
         reading = bool(self._out.fills) or any(other.filling and other.queued for other in self._standings)
         return self._reading or reading or self._fill(s)
+
+    def _fetch(self, s: Standing) -> None:
+        """While it waits for its turn, what rests in the swap store comes to DRAM, where there is room and the disk has
+        nothing else to do."""
+        if not (s.stored and s.queued and 0 < s.image_wanted_bytes <= self._dram_free_bytes):
+            return
+        loading = any(other.arriving and not other.candidate.image_bytes for other in self._standings)
+        filling = bool(self._out.fills) or any(other.filling for other in self._standings)
+        if s.process is Process.ALIVE and s.settled and not (self._reading or loading or filling):
+            self._fill(s)
 
     def _fill_ahead(self) -> None:
         """Nobody waits, and nothing is read: the image that would save most, where those that go save far less."""

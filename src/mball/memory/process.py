@@ -32,7 +32,8 @@ _UNANSWERED = 3
 class Hello:
     """What a worker says once it listens. Bytes: its idle private memory, and what it will want on the device.
 
-    `resident`: it is on the device already.
+    `resident`: it is on the device already. `image_key` names its image by its content (None: it can't be loaded from
+    the swap store).
     """
 
     baseline_bytes: int
@@ -41,10 +42,11 @@ class Hello:
     image_bytes: int
     working_bytes: int | None
     resident: bool = False
+    image_key: bytes | None = None
 
     @classmethod
     def of(cls, message: Mapping[str, Any]) -> Hello:
-        working = message.get("working_bytes")
+        working, key = message.get("working_bytes"), message.get("image_key")
         return cls(
             baseline_bytes=int(message["baseline_bytes"]),
             weights_bytes=int(message["weights_bytes"]),
@@ -52,6 +54,7 @@ class Hello:
             image_bytes=int(message["image_bytes"]),
             working_bytes=None if working is None else int(working),
             resident=message.get("resident") is True,
+            image_key=None if key is None else bytes.fromhex(key),
         )
 
 

@@ -90,6 +90,8 @@ class Scheduler:
 
     def _step(self, now: float) -> float:
         """Begins what can begin now. Returns in how many seconds to look again if nothing changes before."""
+        for model in self._models.values():
+            self._images.swap.look(model)
         gather_s = self._devices.gather(now)
         wanting = [m for m in self._models.values() if len(m.queue) or m.wanted]
         for model in wanting:
@@ -161,6 +163,7 @@ class Scheduler:
             gated_s=None if model.gated_s is None else now - model.gated_s,
             image_wanted_bytes=hello.image_bytes if hello is not None and fills else 0,
             filling=model.name in self._filling,
+            stored=model.stored,
         )
 
     def _give_up_if_hopeless(self, model: Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mball.units import GiB, MiB
 
@@ -22,6 +23,8 @@ class Settings:
     at least, and come back once it was enough for `calm_s`. What a balloon took for others comes back once there was
     room for it for `deflate_s`. A model counts as computing for `active_s` after its last request. Figures are kept
     every `save_s` where there is a folder for them. What others hold of a device is looked at every `foreign_s`.
+    An image that leaves DRAM is written to the swap store where its files are slower (`auto`), in any case, or never;
+    that may take `store_s`, and `hurry_s` where host memory is short.
     """
 
     max_queue: int = 1024
@@ -66,6 +69,9 @@ class Settings:
     deflate_s: float = 10.0
     active_s: float = 0.5
     save_s: float = 60.0
+    swap_weights: Literal["auto", "always", "never"] = "auto"
+    store_s: float = 600.0
+    hurry_s: float = 10.0
 
     def stay_s(self, swap_s: float) -> float:
         """How long a model that took `swap_s` to bring in stays before it may be demoted for another."""

@@ -23,6 +23,7 @@ class Weights(StrEnum):
 
     DEVICE = "device"
     DRAM = "dram"
+    NVME = "nvme"
     SOURCE = "source"
 
 
@@ -36,8 +37,9 @@ class State:
 
     @property
     def shown_as(self) -> str:
-        """One word for people: device, dram, source, stopped, starting, stopping or failed."""
-        if self.process is Process.ALIVE or (self.process is Process.GONE and self.weights is Weights.DRAM):
+        """One word for people: device, dram, nvme, source, stopped, starting, stopping or failed."""
+        kept = self.weights in (Weights.DRAM, Weights.NVME)
+        if self.process is Process.ALIVE or (self.process is Process.GONE and kept):
             return self.weights.value
         return "stopped" if self.process is Process.GONE else self.process.value
 
@@ -49,7 +51,7 @@ class State:
         return after
 
 
-_RESTS = (Weights.DRAM, Weights.SOURCE)
+_RESTS = (Weights.DRAM, Weights.NVME, Weights.SOURCE)
 
 
 def _moves() -> dict[tuple[State, State], str]:
@@ -73,8 +75,11 @@ def _moves() -> dict[tuple[State, State], str]:
         }
     moves[State(alive, Weights.DEVICE), State(stopping, Weights.DEVICE)] = "stop"
     for process in Process:
-        moves[State(process, Weights.SOURCE), State(process, Weights.DRAM)] = "image ready"
-        moves[State(process, Weights.DRAM), State(process, Weights.SOURCE)] = "image dropped"
+        for below in (Weights.NVME, Weights.SOURCE):
+            moves[State(process, below), State(process, Weights.DRAM)] = "image ready"
+            moves[State(process, Weights.DRAM), State(process, below)] = "image dropped"
+        moves[State(process, Weights.SOURCE), State(process, Weights.NVME)] = "found in the swap store"
+        moves[State(process, Weights.NVME), State(process, Weights.SOURCE)] = "gone from the swap store"
     return moves
 
 

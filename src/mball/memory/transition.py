@@ -121,7 +121,8 @@ class Transitions:
         reason, after which the worker is gone and nothing is promised.
         """
         async with model.lock:
-            worker, rest, settings = _alive(model), model.rest, self._settings
+            worker, settings = _alive(model), self._settings
+            self._images.swap.look(model)
             self._ledger.promise(model.name, model.needed_bytes)
             worker.loaded_bytes = 0
             began = time.monotonic()
@@ -129,7 +130,7 @@ class Transitions:
             try:
                 if model.ballooned_bytes != model.balloon_bytes:
                     await self._wish(model, worker, epoch)
-                done = await worker.call("promote", deadline_s=settings.promote_s, epoch=epoch)
+                done, rest = await self._load(model, worker, epoch)
                 canary = await worker.call("canary", deadline_s=settings.canary_s)
                 if not canary.get("ok"):
                     raise TransitionError(f"{model.name}: no token came out after the weights were loaded")
@@ -143,6 +144,7 @@ class Transitions:
             load_s, weights_bytes = float(done.get("load_s", 0.0)), int(done.get("weights_bytes", 0))
             model.figures.promote_s[rest].add(took)
             model.figures.load_rate = weights_bytes / load_s if load_s > 0 else None
+            self._learn(model, rest, load_s)
             model.counters.promotions += 1
             model.opened_s = model.queue.last_used_s = time.monotonic()
             model.error = None
@@ -157,6 +159,25 @@ class Transitions:
                 promised_bytes=self._ledger.held(model.name),
             )
         await self.inquire(model)
+
+    async def _load(self, model: Model, worker: WorkerProcess, epoch: int) -> tuple[dict[str, Any], Weights]:
+        """The promotion itself, and where the weights came from."""
+        came_from = model.rest
+        with self._images.swap.lent(model) as lent:
+            fd = None if lent is None else lent[1]
+            done = await worker.call("promote", deadline_s=self._settings.promote_s, epoch=epoch, fd=fd)
+        if came_from is Weights.NVME and done.get("weights_from") != Weights.NVME:
+            came_from = Weights.SOURCE
+        if lent is not None and (missed := done.get("missed")) is not None:
+            self._images.swap.missed(model, lent[0], str(missed))
+        return done, came_from
+
+    def _learn(self, model: Model, rest: Weights, load_s: float) -> None:
+        """How fast it was read from where."""
+        if load_s > 0 and model.hello is not None:
+            rates = {Weights.NVME: self._images.swap.read_rate, Weights.SOURCE: model.figures.source_rate}
+            if rest in rates:
+                rates[rest].add(model.hello.weights_bytes / load_s)
 
     async def demote(self, model: Model, epoch: int, reason: str) -> None:
         """On the device → alive at rest, or gone where the worker did not give its bytes back.
@@ -183,6 +204,7 @@ class Transitions:
                 _log.warning("worker stopped: it did not give its memory back", model=model.name, error=str(error))
                 await self.bury(model)
                 return
+            self._images.swap.look(model)
             model.state = model.state.to(weights=model.rest)
             model.figures.held.start_anew()
             model.measured_bytes = held
@@ -330,6 +352,7 @@ class Transitions:
             raise ModelDoesNotFit(does_not_fit(model, self._ledger.total_bytes))
         if model.worker is not None:
             await self._swap.introduce(model.worker)
+        self._images.swap.look(model)
         await self._images.attach(model)
 
     async def _welcome(self, model: Model, worker: WorkerProcess) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from mball.device.device import Device, open_devices
 from mball.device.simulated import SimulatedDevice
 from mball.memory.manager import Manager
+from mball.memory.pressure_watch import Gauge
 from mball.memory.settings import Settings
 from mball.memory.spec import ModelSpec, Task, WorkerSpec
 from mball.server.config import Config, ModelConfig
@@ -25,8 +26,8 @@ _POOLING = "1_Pooling/config.json"
 _ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "nomic_bert", "modernbert"})
 
 
-def build_manager(config: Config, runtime_dir: Path) -> Manager:
-    """The manager that the configuration describes, not started.
+def build_manager(config: Config, runtime_dir: Path, *, gauge: Gauge | None = None) -> Manager:
+    """The manager that the configuration describes, not started. `gauge` tells of the host's memory (None: the kernel).
 
     A model whose folder is defective is served all the same: asking for it gives the reason.
     """
@@ -49,6 +50,7 @@ def build_manager(config: Config, runtime_dir: Path) -> Manager:
         zygote_for=_zygote,
         settings=settings(config),
         swap=swap_settings(config),
+        gauge=gauge,
     )
 
 
@@ -68,6 +70,7 @@ def settings(config: Config) -> Settings:
         start_s=config.start_timeout_s,
         zygote=config.zygote,
         host_reserve_bytes=config.host_reserve_bytes,
+        swap_weights="auto" if config.swap is None else config.swap.weights,
     )
 
 

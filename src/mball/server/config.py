@@ -170,6 +170,10 @@ class SwapConfig(BaseModel):
         default=None, description="The most that is written to it in a day (UTC): an SSD wears out."
     )
     ephemeral: bool = Field(default=False, description="It has no name and nothing of it outlives the server.")
+    weights: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Whether images that leave DRAM are written to it: auto where the model's files are read slower.",
+    )
     threads: int = Field(default=8, ge=2, le=256, description="Threads that read and write it.")
     deadline_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default=600.0, description="How long the disk may take for one transfer, until it is held to hang."

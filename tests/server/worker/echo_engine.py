@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mball.loader.source import ImageReader
 from mball.server.engine.api import (
     Ballooned,
     Demoted,
@@ -86,11 +87,19 @@ class EchoEngine:
         if gone is not None:
             gone.emit(Output(None, finish_reason="abort"))
 
+    def image_key(self) -> None:
+        return None
+
     def status(self) -> EngineStatus:
         with self._changed:
             return EngineStatus(self._resident, len(self._live), 0, 10, 10, 1000, 500)
 
-    def promote(self, image_fd: int | None, progress: Callable[[int, int], None] | None = None) -> Promoted:
+    def promote(
+        self,
+        image_fd: int | None,
+        progress: Callable[[int, int], None] | None = None,
+        stored: ImageReader | None = None,
+    ) -> Promoted:
         if progress is not None:
             progress(1000, 1000)
         self._resident = True
@@ -173,10 +182,18 @@ class EchoEmbedder:
         self.calls.append(len(prompts))
         return [[float(len(prompt)), float(prompt[0]), float(prompt[-1]), 0.5] for prompt in prompts]
 
+    def image_key(self) -> None:
+        return None
+
     def status(self) -> EngineStatus:
         return EngineStatus(self._resident, 0, 0, 0, 0, 1000, 0)
 
-    def promote(self, image_fd: int | None, progress: Callable[[int, int], None] | None = None) -> Promoted:
+    def promote(
+        self,
+        image_fd: int | None,
+        progress: Callable[[int, int], None] | None = None,
+        stored: ImageReader | None = None,
+    ) -> Promoted:
         self._resident = True
         return Promoted(1000, 0, 0.0, 0.0)
 

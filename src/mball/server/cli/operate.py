@@ -32,7 +32,7 @@ def table(state: dict[str, Any]) -> Table:
     for name in ("model", "rung", *on, "device", "running", "queued", "swaps", "last", "GiB/s"):
         view.add_column(name, justify="left" if name in ("model", "rung") else "right", no_wrap=True)
     numbers = {device["name"]: str(number) for number, device in enumerate(state["devices"])}
-    styles = {"device": "green", "dram": "yellow", "failed": "red"}
+    styles = {"device": "green", "dram": "yellow", "nvme": "blue", "failed": "red"}
     for model in state["models"]:
         shown = model["shown_as"]
         swap, rate = model["last_swap_s"], model["load_gib_s"]

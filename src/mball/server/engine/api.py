@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from mball.loader.source import ImageReader
 from mball.swap.block_store import BlockStore
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -146,10 +147,16 @@ class EngineStatus:
 class Residency(Protocol):
     """The memory verbs that every engine has. All block; none but `fill_image` is called while another runs."""
 
-    def promote(self, image_fd: int | None, progress: Callable[[int, int], None] | None = None) -> Promoted:
-        """Weights from the image where `image_fd` is given, else from the source shards; a fresh KV pool.
+    def promote(
+        self,
+        image_fd: int | None,
+        progress: Callable[[int, int], None] | None = None,
+        stored: ImageReader | None = None,
+    ) -> Promoted:
+        """Weights from the image where `image_fd` is given, else as `stored` reads it, else from the source shards; a
+        fresh KV pool. A model that is streamed takes no `stored`.
 
-        Raises DeviceOutOfMemory, CheckpointError. After an error nothing is held on the device.
+        Raises DeviceOutOfMemory, CheckpointError, SwapMiss. After an error nothing is held on the device.
         """
 
     def demote(self) -> Demoted:
@@ -179,6 +186,10 @@ class Residency(Protocol):
 
     @property
     def image_bytes(self) -> int: ...
+
+    def image_key(self) -> bytes | None:
+        """Names the image of the source shards as they are now (see loader.image.key); None where the engine takes no
+        `stored`, or they can't be read. Blocks."""
 
     def close(self) -> None:
         """End the engine's threads within a bounded time."""

@@ -11,6 +11,7 @@ from queue import SimpleQueue
 import torch
 
 from mball.errors import InvalidRequest, TransitionError, Unavailable
+from mball.loader.source import ImageReader
 from mball.memory.spec import WorkerSpec
 from mball.server.engine.api import Ballooned, Demoted, EngineStatus, Promoted
 from mball.server.engine.pooling import Pooling
@@ -95,17 +96,22 @@ class EmbedEngine:
     def image_bytes(self) -> int:
         return self._weights.image_bytes
 
+    def image_key(self) -> bytes | None:
+        return self._weights.image_key()
+
     def use_image(self, image_fd: int | None) -> None:
         """All of it is on the device."""
 
     def fill_image(self, image_fd: int, cancel: threading.Event | None = None) -> int:
         return self._weights.fill_image(image_fd, cancel)
 
-    def promote(self, image_fd: int | None, progress: Progress | None = None) -> Promoted:
+    def promote(
+        self, image_fd: int | None, progress: Progress | None = None, stored: ImageReader | None = None
+    ) -> Promoted:
         began = time.perf_counter()
         if self._resident:
             raise TransitionError(f"{self._spec.model} is on the device already")
-        load_s = self._weights.load(image_fd, progress)
+        load_s = self._weights.load(image_fd, progress, stored)
         self._resident = True
         return Promoted(self._weights.nbytes, 0, load_s, time.perf_counter() - began)
 

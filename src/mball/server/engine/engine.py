@@ -12,6 +12,7 @@ import torch
 
 from mball.device.account import Account
 from mball.errors import MballError, TransitionError
+from mball.loader.source import ImageReader
 from mball.memory.spec import WorkerSpec
 from mball.server.engine import request as requests
 from mball.server.engine import runner, sampler, tiers
@@ -183,15 +184,20 @@ class GenerateEngine:
     def image_bytes(self) -> int:
         return self._weights.image_bytes
 
+    def image_key(self) -> bytes | None:
+        return self._weights.image_key()
+
     def fill_image(self, image_fd: int, cancel: threading.Event | None = None) -> int:
         return self._weights.fill_image(image_fd, cancel)
 
-    def promote(self, image_fd: int | None, progress: Progress | None = None) -> Promoted:
+    def promote(
+        self, image_fd: int | None, progress: Progress | None = None, stored: ImageReader | None = None
+    ) -> Promoted:
         began = time.perf_counter()
         if self._resident or self._ended:
             state = "on the device already" if self._resident else f"broken ({self._error}): restart its worker"
             raise TransitionError(f"{self._spec.model} is {state}")
-        load_s = self._weights.load(image_fd, progress)
+        load_s = self._weights.load(image_fd, progress, stored)
         try:
             cache = self._pool.open()
         except (MballError, OSError, RuntimeError):

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from mball.device.account import Account
-from mball.errors import UnsupportedCheckpoint
+from mball.errors import ReadError, UnsupportedCheckpoint
 from mball.loader import image
 from mball.loader.checkpoint import Checkpoint
+from mball.loader.source import ImageReader
 from mball.loader.weights import Weights
 from mball.memory.spec import WorkerSpec
 from mball.server.engine import experts
@@ -117,10 +118,22 @@ class ResidentWeights:
     def image_bytes(self) -> int:
         return self._checkpoint.image_bytes
 
-    def load(self, image_fd: int | None, progress: Progress | None) -> float:
-        """Seconds taken. Raises DeviceOutOfMemory, CheckpointError, Cancelled; then nothing is held."""
+    def image_key(self) -> bytes | None:
+        """Names the image of the files as they are now; None where they can't be read, or it is streamed."""
+        if self.streamed is not None:
+            return None
+        try:
+            return image.key(self._checkpoint)
+        except ReadError:
+            return None
+
+    def load(self, image_fd: int | None, progress: Progress | None, stored: ImageReader | None = None) -> float:
+        """Seconds taken. Raises DeviceOutOfMemory, CheckpointError, SwapMiss, Cancelled; then nothing is held."""
         began = time.perf_counter()
-        self._weights.load(image_fd, threads=self._threads, progress=progress, cancel=self._cancel)
+        if isinstance(self._weights, Weights):
+            self._weights.load(image_fd, threads=self._threads, progress=progress, cancel=self._cancel, stored=stored)
+        else:
+            self._weights.load(image_fd, threads=self._threads, progress=progress, cancel=self._cancel)
         self.resident = True
         return time.perf_counter() - began
 

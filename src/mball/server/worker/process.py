@@ -71,7 +71,7 @@ def _open(spec: WorkerSpec) -> Service:
 
 def _hello(service: Service) -> control.Message:
     """Told once everything that stays is there: tokenizer, module, threads."""
-    needs = footprint(service.spec)
+    needs, key = footprint(service.spec), service.engine.image_key()
     return {
         "event": "hello",
         "pid": os.getpid(),
@@ -80,6 +80,7 @@ def _hello(service: Service) -> control.Message:
         "kv_bytes": needs.kv_bytes,
         "working_bytes": needs.activation_bytes,
         "image_bytes": service.engine.image_bytes,
+        "image_key": None if key is None else key.hex(),
     }
 
 

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import dataclasses
 import gc
+import json
 import os
 import threading
 import time
@@ -16,16 +17,18 @@ import structlog
 
 from mball.device.cuda import CudaRuntime
 from mball.device.proc import private_bytes
-from mball.errors import TransitionError
+from mball.errors import SwapMiss, TransitionError
 from mball.loader.registered import IMAGES
 from mball.memory.control import Asker, Channel, ChannelClosed, Handler, Message
-from mball.server.engine.api import GenerateRequest, Output, SamplingParams
-from mball.server.engine.resident import torch_device
+from mball.server.engine.api import GenerateRequest, Output, Promoted, SamplingParams
+from mball.server.engine.resident import Progress, torch_device
 from mball.server.worker.manners import Fence, no_descriptor
 from mball.server.worker.service import Service
 from mball.server.worker.swap_client import RemoteBlockStore
 from mball.server.worker.threads import in_thread
+from mball.swap.place import Place
 from mball.swap.slots import Slots
+from mball.swap.stored_image import StoredImage
 
 CANARY_TIMEOUT_S = 60.0
 PROGRESS_INTERVAL_S = 0.2
@@ -83,17 +86,36 @@ class Verbs:
             self._image_fd = None
 
     async def _promote(self, message: Message, fd: int | None) -> Message:
-        no_descriptor(fd)
+        """With a descriptor: of JSON that says where in the swap store the image is."""
+        place = None if fd is None else await in_thread(lambda: _place(fd))
         async with self._moving:
             self._fence.check(message)
             progress = _Progress(self._channel)
             try:
-                promoted = await in_thread(lambda: self._service.engine.promote(self._image_fd, progress.report))
+                promoted, came = await self._load(place, progress.report)
             finally:
                 await progress.close()
             self._service.open_gate()
-            _log.info("promoted", **dataclasses.asdict(promoted))
-            return dataclasses.asdict(promoted)
+            _log.info("promoted", **dataclasses.asdict(promoted), **came)
+            return {**dataclasses.asdict(promoted), **came}
+
+    async def _load(self, place: Place | None, report: Progress) -> tuple[Promoted, dict[str, str]]:
+        """From the image, else straight from the swap store, else from the shards, which a miss leads to as well."""
+        engine, image_fd, slots, came = self._service.engine, self._image_fd, self._slots, dict[str, str]()
+        if image_fd is None and place is not None and slots is not None:
+
+            def from_the_store() -> Promoted:
+                if engine.image_key() != place.key:
+                    raise SwapMiss("changed", "the model's files are others than those that it was made of")
+                return engine.promote(None, report, StoredImage(slots, place).read)
+
+            try:
+                return await in_thread(from_the_store), {"weights_from": "nvme"}
+            except SwapMiss as miss:
+                _log.warning("image missed", reason=miss.reason, error=str(miss))
+                came["missed"] = miss.reason
+        promoted = await in_thread(lambda: engine.promote(image_fd, report))
+        return promoted, {**came, "weights_from": "source" if image_fd is None else "dram"}
 
     async def _demote(self, message: Message, fd: int | None) -> Message:
         no_descriptor(fd)
@@ -132,22 +154,35 @@ class Verbs:
         if fd is None:
             raise TransitionError("image: no descriptor came with it")
         try:
-            began, filled = time.perf_counter(), 0
+            answer: Message = {}
             match message.get("state"):
                 case "ready":
-                    pass
+                    key = await in_thread(self._service.engine.image_key)
+                    if (wanted := message.get("key")) is not None and (key is None or key.hex() != wanted):
+                        raise TransitionError("image: the model's files are others than those that it was made of")
                 case "empty":
-                    async with self._filling:
-                        unwanted = self._unwanted = threading.Event()
-                        filled = await in_thread(lambda: self._service.engine.fill_image(fd, unwanted))
+                    answer = await self._fill(fd)
                 case state:
                     raise TransitionError(f"image: its state is 'empty' or 'ready', not {state!r}")
             async with self._moving:
                 if not self._has_image(fd):
                     await self._take_image(os.dup(fd))
-            return {"bytes": filled, "fill_s": time.perf_counter() - began}
+            return answer
         finally:
             os.close(fd)
+
+    async def _fill(self, fd: int) -> Message:
+        """`key` names what is in it; None where the files changed meanwhile."""
+        engine = self._service.engine
+        async with self._filling:
+            unwanted = self._unwanted = threading.Event()
+            before = await in_thread(engine.image_key)
+            began = time.perf_counter()
+            filled = await in_thread(lambda: engine.fill_image(fd, unwanted))
+            fill_s = time.perf_counter() - began
+            after = await in_thread(engine.image_key)
+        key = None if before is None or before != after else before.hex()
+        return {"bytes": filled, "fill_s": fill_s, "key": key}
 
     def _has_image(self, fd: int) -> bool:
         return self._image_fd is not None and os.path.sameopenfile(self._image_fd, fd)
@@ -285,3 +320,13 @@ def trimmed_private_bytes() -> int:
 def _registered(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         _log.warning("image not registered ahead of need", error=str(error))
+
+
+def _place(fd: int) -> Place:
+    """Closes the descriptor. Raises TransitionError."""
+    try:
+        return Place.from_wire(json.loads(os.pread(fd, os.fstat(fd).st_size, 0)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TransitionError(f"promote: its descriptor says no place: {error!r}") from None
+    finally:
+        os.close(fd)
