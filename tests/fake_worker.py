@@ -140,6 +140,7 @@ class FakeWorker:
             "image_bytes": self.knobs.image_bytes or self.knobs.weights_bytes,
             "working_bytes": self.knobs.working_bytes,
             "image_key": self.image_key,
+            "layer_bytes": self.knobs.layer_bytes,
         }
 
     @property

@@ -71,6 +71,7 @@ def server(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     (folder / "empty").mkdir()
     paths = [models_dir / GOOD, models_dir / LARGE, *(folder / name for name in (*DEFECTS, "empty", "absent"))]
     models = [{"path": str(path), "kv_cache_memory_bytes": "64MiB"} for path in paths]
+    models[1]["resident_layers"] = "99"  # all: it is not to stream
     config = folder / "mball.yaml"
     config.write_text(yaml.safe_dump({"models": models, "device_memory_bytes": "500MiB"}))
     log = tmp_path_factory.mktemp("log") / "server.log"

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 
 from mball.device.simulated import SimulatedDevice
-from mball.errors import DeviceOutOfMemory, InvalidRequest
+from mball.errors import DeviceOutOfMemory, InvalidRequest, ModelDoesNotFit
 from mball.units import MiB
 from tests.fake_worker import Knobs
 from tests.memory.conftest import QUICK, Running, Serve, model, slot_of
@@ -155,6 +155,40 @@ async def test_layers_that_cannot_be_given_after_all_cost_nobody_his_place(
     await running.until(lambda: running.state("a")["layer_bytes"] > 0)
     assert await running.ask("b") == "b 1 2 3 "
     assert running.state("a")["demotions"] == 1
+    books(running, device)
+
+
+async def test_one_that_streams_comes_with_fewer_layers_where_what_is_pinned_leaves_less(
+    serve: Serve, device: SimulatedDevice
+) -> None:
+    settings = dataclasses.replace(QUICK, deflate_s=0.2)
+    deep = Knobs(weights_bytes=60 * MiB, kv_bytes=6 * MiB, layer_bytes=30 * MiB)
+    running = await serve(model("a", pinned=True), model("b", deep), model("c", deep), settings=settings)
+    await running.ask("a")
+    room = device.total_bytes - running.state("a")["promised_bytes"]
+    assert await running.ask("b") == "b 1 2 3 "
+    b = running.state("b")
+    assert b["ballooned_bytes"] == 67 * MiB - room > 0
+    assert b["promised_bytes"] == room
+    assert "pinned" not in (b["error"] or "")
+    books(running, device)
+    # It comes so again, and so does another one that takes its place.
+    assert await running.ask("c") == "c 1 2 3 "
+    assert await running.ask("b") == "b 1 2 3 "
+    assert running.state("b")["ballooned_bytes"] == 67 * MiB - room
+    await running.manager.unpin("a")
+    await running.manager.unload("a")
+    await running.until(lambda: running.state("b")["ballooned_bytes"] == 0)
+    books(running, device)
+
+
+async def test_one_whose_layers_are_not_enough_is_told_who_has_the_room(serve: Serve, device: SimulatedDevice) -> None:
+    deep = Knobs(weights_bytes=60 * MiB, kv_bytes=6 * MiB, layer_bytes=10 * MiB)
+    running = await serve(model("a", pinned=True), model("b", deep))
+    await running.ask("a")
+    with pytest.raises(ModelDoesNotFit, match="beside pinned a"):
+        await running.ask("b")
+    assert running.state("b")["needed_bytes"] == 67 * MiB
     books(running, device)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 
 from mball.device.simulated import SimulatedDevice
 from mball.errors import ModelDoesNotFit
-from mball.memory.estimate import Estimate, estimate, revision
+from mball.memory.estimate import Estimate, estimate, revision, streamed
 from mball.memory.spec import ModelSpec, WorkerSpec
 from mball.server.engine import footprint
 from mball.units import MiB
@@ -53,6 +55,23 @@ def test_by_hand(tmp_path: Path) -> None:
     assert estimate(spec(path, max_model_len=100, max_num_seqs=3)) == Estimate(35 * 2, (1 + 3 * 7) * block_bytes)
     assert estimate(spec(path, dtype="float32", kv_cache_bytes=10 * block_bytes)) == Estimate(35 * 4, 10 * block_bytes)
     assert estimate(spec(path, task="embed")) == Estimate(35 * 2, 0)
+
+
+def test_what_can_never_fit_whole_is_streamed_if_it_can_be(tmp_path: Path) -> None:
+    large = spec(demo_model("smollm2-135m"), kv_cache_bytes=20 * MiB)
+    assert streamed(large, 200 * MiB) == dataclasses.replace(large, resident_layers="auto")
+    assert streamed(large, 80 * MiB) is None, "its embeddings, two layers and KV are more"
+    assert streamed(dataclasses.replace(large, kv_cache_bytes=200 * MiB), 200 * MiB) is None
+    assert streamed(dataclasses.replace(large, resident_layers=99), 200 * MiB) is None, "it was said how"
+    assert streamed(dataclasses.replace(large, engine="vllm"), 200 * MiB) is None
+    assert streamed(spec(demo_model("all-minilm-l6-v2"), task="embed"), 50 * MiB) is None
+    experts = {
+        f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight": torch.zeros(256, 1024)
+        for layer, expert in itertools.product(range(2), range(8))
+    }
+    mixture = spec(folder(tmp_path / "mixture"), kv_cache_bytes=MiB)
+    save_file({"model.embed.weight": torch.zeros(10, 10), **experts}, tmp_path / "mixture" / "model.safetensors")
+    assert streamed(mixture, 10 * MiB) == dataclasses.replace(mixture, resident_experts="auto")
 
 
 def test_an_index_that_leads_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import aiohttp
@@ -70,11 +70,29 @@ async def test_layers_go_and_come_while_an_answer_streams(serve: Serve, device: 
     assert device.refusals == 0
 
 
+async def test_one_that_turns_out_too_large_whole_streams_from_its_next_start_on(
+    serve: Serve, device: SimulatedDevice
+) -> None:
+    """Its files tell of weights and KV alone, and they would fit."""
+    device = SimulatedDevice.create(device.path.with_name("tight"), 280 * MiB, context_bytes=1 * MiB)
+    whole = dataclasses.replace(LARGE.worker, resident_layers=None)
+    running = await serve(ModelSpec(whole), settings=SETTINGS, on=device, command_for=_command)
+    answer = _answer(running)
+    assert await anext(answer)
+    await answer.aclose()
+    state = running.state("large")
+    assert (state["starts"], state["shown_as"]) == (2, "device")
+    assert state["promised_bytes"] < 280 * MiB
+    told = [event for event in running.manager.snapshot()["events"] if event["kind"] == "streams"]
+    assert "large: needs 2" in told[0]["reason"]
+    assert running.manager.snapshot()["books_wrong"] == []
+
+
 def _command(spec: ModelSpec) -> list[str]:
     return [sys.executable, "-m", "mball.server.worker"]
 
 
-async def _answer(running: Running) -> AsyncIterator[str]:
+async def _answer(running: Running) -> AsyncGenerator[str]:
     """An answer's pieces, as they come."""
     body = {"model": "large", "prompt": PROMPT, "max_tokens": 120, "temperature": 0, "ignore_eos": True}
     async with running.manager.admit("large", deadline_s=120.0) as ticket:

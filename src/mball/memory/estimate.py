@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ class Estimate:
     weights_bytes: int
     kv_bytes: int
 
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes
+
 
 def estimate(spec: WorkerSpec) -> Estimate | None:
     """None where the files don't tell: then the worker will. Reads headers and config.json; blocks."""
@@ -53,6 +57,20 @@ def estimate(spec: WorkerSpec) -> Estimate | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, CheckpointError):
         return None
     return Estimate(weights_bytes, kv_bytes)
+
+
+def streamed(spec: WorkerSpec, most_bytes: int) -> WorkerSpec | None:
+    """How a model that does not fit whole is served: experts of a mixture, or else layers, pass through the device.
+
+    None for one that is served so already, that can't be, or that does not fit so either. Reads headers; blocks.
+    """
+    if spec.streamed or spec.engine != "transformers" or spec.task != "generate":
+        return None
+    for way in (replace(spec, resident_experts="auto"), replace(spec, resident_layers="auto")):
+        found = estimate(replace(way, device_memory_bytes=most_bytes))
+        if found is not None and found.total_bytes <= most_bytes:
+            return way
+    return None
 
 
 def streamed_sizes(spec: WorkerSpec, checkpoint: Checkpoint, num_layers: int, item_bytes: int) -> Sizes | None:

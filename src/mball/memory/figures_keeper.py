@@ -11,7 +11,7 @@ from pathlib import Path
 import structlog
 
 from mball.device.device import Device
-from mball.memory.estimate import Estimate, estimate, revision
+from mball.memory.estimate import Estimate, estimate, revision, streamed
 from mball.memory.figures_store import FiguresStore, Kept
 from mball.memory.model import Model
 from mball.memory.settings import Settings
@@ -33,7 +33,7 @@ class FiguresKeeper:
         """`devices`: each with its budget."""
         self._models = models
         self._device = ",".join(device.name for device, _ in devices)
-        self._most_bytes = max((nbytes for _, nbytes in devices), default=0)
+        self._budgets = {device.name: nbytes for device, nbytes in devices}
         self._store = None if folder is None else FiguresStore(folder)
         self._settings = settings
         self._revisions: dict[str, str] = {}
@@ -41,6 +41,7 @@ class FiguresKeeper:
 
     async def recall(self) -> None:
         """Each model's figures as they were, where it has not changed; else a first estimate from its files."""
+        await self._stream_the_largest()
         specs = {m.name: self._served(m.spec.worker) for m in self._models.values()}
 
         def read() -> tuple[dict[str, str], dict[str, Estimate | None], dict[str, Kept]]:
@@ -62,9 +63,28 @@ class FiguresKeeper:
             model.queue.rate.resume(found.rate, time.monotonic() - past_s)
         self._saved = self._marks()
 
+    async def _stream_the_largest(self) -> None:
+        """Those that can never fit whole, as their files say: rather slower than refused."""
+        most = {m.name: self._most_bytes(m) for m in self._models.values()}
+        specs = {m.name: self._served(m.spec.worker) for m in self._models.values()}
+
+        def read() -> dict[str, WorkerSpec]:
+            whole = {name: estimate(spec) for name, spec in specs.items() if not spec.streamed}
+            large = [name for name, found in whole.items() if found is not None and found.total_bytes > most[name]]
+            return {name: better for name in large if (better := streamed(specs[name], most[name])) is not None}
+
+        for name, spec in (await asyncio.to_thread(read)).items():
+            self._models[name].stream(spec)
+            _log.warning("streamed: it is larger than its device", model=name, budget_bytes=most[name])
+
+    def _most_bytes(self, model: Model) -> int:
+        """The largest budget that it can have."""
+        allowed = model.spec.devices
+        return max((n for name, n in self._budgets.items() if not allowed or name in allowed), default=0)
+
     def _served(self, spec: WorkerSpec) -> WorkerSpec:
         # What it may take matters only to one that takes as much as it may.
-        most_bytes = self._most_bytes if spec.takes_what_it_may else None
+        most_bytes = max(self._budgets.values(), default=0) if spec.takes_what_it_may else None
         return dataclasses.replace(spec, device=self._device, device_memory_bytes=most_bytes)
 
     async def run(self) -> None:

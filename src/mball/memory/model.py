@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mball.errors import MballError
@@ -18,7 +18,7 @@ from mball.memory.process import Hello, WorkerProcess
 from mball.memory.queue import Queue
 from mball.memory.rates import Rate
 from mball.memory.settings import Settings
-from mball.memory.spec import ModelSpec
+from mball.memory.spec import ModelSpec, WorkerSpec
 from mball.memory.states import Process, State, Weights
 from mball.units import GiB
 
@@ -37,8 +37,10 @@ class Model:
 
     `context_bytes`: device bytes of its idle worker. `estimate`: what its files say it needs, for the time before its
     first worker. `balloon_bytes`: what its operator wants it to do without, `ballooned_bytes`: what its engine does
-    without now, `spare_bytes`: what the engine could give up now beside that, and nobody would notice. `cores`: where
-    its worker may compute. `stored`: the swap store has its image, and reading it takes `stored_s`, as far as is known.
+    without now, `spare_bytes`: what the engine could give up now beside that, and nobody would notice, `layer_bytes`:
+    and what of layers, after which a request would take `layer_s` longer. `tight_bytes`: what it has to do without when
+    it comes, as those that never leave take the room. `cores`: where its worker may compute.
+    `stored`: the swap store has its image, and reading it takes `stored_s`, as far as is known.
     `failure` makes the error that its requests get while it has failed. `wanted` without a request: a preload.
     `moving`: it is part of a transition that was decided, and nothing else is to be decided about it; `arriving`:
     that transition brings it in. `unload` is done once it is off the device.
@@ -68,6 +70,7 @@ class Model:
         self.spare_bytes = 0
         self.layer_bytes = 0
         self.layer_s = 0.0
+        self.tight_bytes = 0
         self.cores: Cores | None = None
         self.opened_s = 0.0
         self.gated_s: float | None = None
@@ -131,8 +134,12 @@ class Model:
         """Device bytes on the device, less what the balloon has: as announced, or as measured if that was more."""
         needs = self.needs
         most = max(needs.total_bytes if needs else 0, self.figures.held.value)
-        ballooned = self.ballooned_bytes if self.on_device else self.balloon_bytes
-        return max(0, most - ballooned)
+        return max(0, most - (self.ballooned_bytes if self.on_device else self.arrives_without_bytes))
+
+    @property
+    def arrives_without_bytes(self) -> int:
+        """What the balloon will have when it comes to the device."""
+        return max(self.balloon_bytes, self.tight_bytes)
 
     @property
     def certain_bytes(self) -> int:
@@ -182,6 +189,13 @@ class Model:
         """The same where there is no image of it at all."""
         known = self.figures.promote_s[Weights.SOURCE].value
         return known if known is not None else self.needed_bytes / self.settings.first_rate
+
+    def stream(self, worker: WorkerSpec) -> None:
+        """From its next start on it is served as `worker` says, a part of it streamed: what was known is of no use."""
+        layers, experts = worker.resident_layers, worker.resident_experts
+        changed = replace(self.spec.worker, resident_layers=layers, resident_experts=experts)
+        self.spec = replace(self.spec, worker=changed)
+        self.hello, self.figures, self.estimate = None, Figures(), None
 
     def stay_s(self) -> float:
         """How long it stays on the device before it may go for another."""

@@ -32,8 +32,8 @@ _UNANSWERED = 3
 class Hello:
     """What a worker says once it listens. Bytes: its idle private memory, and what it will want on the device.
 
-    `resident`: it is on the device already. `image_key` names its image by its content (None: it can't be loaded from
-    the swap store).
+    Of its weights it could do without `layer_bytes`, streamed instead. `resident`: it is on the device already.
+    `image_key` names its image by its content (None: it can't be loaded from the swap store).
     """
 
     baseline_bytes: int
@@ -43,6 +43,7 @@ class Hello:
     working_bytes: int | None
     resident: bool = False
     image_key: bytes | None = None
+    layer_bytes: int = 0
 
     @classmethod
     def of(cls, message: Mapping[str, Any]) -> Hello:
@@ -55,6 +56,7 @@ class Hello:
             working_bytes=None if working is None else int(working),
             resident=message.get("resident") is True,
             image_key=None if key is None else bytes.fromhex(key),
+            layer_bytes=int(message.get("layer_bytes", 0)),
         )
 
 

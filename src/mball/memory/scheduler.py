@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -23,6 +24,7 @@ from mball.errors import (
     WorkerNotStarted,
 )
 from mball.memory.allowance import Allowance
+from mball.memory.estimate import streamed
 from mball.memory.events import Events
 from mball.memory.images import Images
 from mball.memory.look import Bring, Look, Standing
@@ -223,7 +225,12 @@ class Scheduler:
         except ModelDoesNotFit:
             # On a larger device it may fit: the next step places it anew.
             if model.certain_bytes > (most := self._devices.most_bytes(model)):
-                self._fail(model, does_not_fit(model, most), fits=False)
+                why, spec = does_not_fit(model, most), replace(model.spec.worker, device=self._slot.device.name)
+                if (better := await asyncio.to_thread(streamed, spec, most)) is None:
+                    self._fail(model, why, fits=False)
+                else:
+                    model.stream(better)
+                    self._events.record("streams", model.name, why, level="warning")
         except WorkerNotStarted as error:
             model.error = str(error)
             if error.final:
@@ -349,7 +356,7 @@ class Scheduler:
         nbytes = wanted - self._ledger.held(model.name)
         pinned = {m.name: self._ledger.held(m.name) for m in self._models.values() if m.pinned and m is not model}
         left = self._ledger.limit_bytes - sum(pinned.values()) - self._ledger.held(model.name)
-        if nbytes <= left:
+        if nbytes <= left or self._comes_with_less(model, nbytes - left):
             return
         names = [name for name, held in pinned.items() if held]
         beside, ways = ([f"pinned {', '.join(names)}"], ["unpin one"]) if names else ([], [])
@@ -359,6 +366,17 @@ class Scheduler:
         lacks = f"{model.name}: needs {format_bytes(nbytes)} more, but {format_bytes(max(0, left))} are left beside"
         retry_after_s = self._settings.cool_down_s if foreign_bytes else None
         self._refuse(model, ModelDoesNotFit, f"{lacks} {' and '.join(beside)}: {' or '.join(ways)}", retry_after_s)
+
+    def _comes_with_less(self, model: Model, lacking_bytes: int) -> bool:
+        """Whether one whose layers may be streamed can do without so much; then it comes so."""
+        hello, tight_bytes = model.hello, model.arrives_without_bytes + lacking_bytes
+        if model.state.process is not Process.ALIVE or hello is None or tight_bytes > hello.layer_bytes:
+            return False
+        model.tight_bytes = tight_bytes
+        why = f"{format_bytes(lacking_bytes)} less than it would take: those that never leave have the room"
+        self._events.record("streams more", model.name, why)
+        self.wake()
+        return True
 
     def _refuse(self, model: Model, kind: type[Unavailable], why: str, retry_after_s: float | None) -> None:
         """Those that wait now: it may come another time."""

@@ -19,7 +19,8 @@ class WorkerSpec:
     `device` is `cpu`, `cuda:GPU-uuid`, or `simulated:PATH` (a simulated device whose state is at PATH); the manager
     sets it and `socket_path` when it starts the worker. `kv_cache_bytes` is the size of the KV pool; None lets the
     worker choose it from `max_num_seqs` and `max_model_len`. `resident_layers` stay on the device while the others are
-    streamed through it: as many as fit (`auto`), a number, or None for a model that is never streamed.
+    streamed through it: as many as fit (`auto`), a number, or None for all (a manager that sees that they can never fit
+    says `auto` itself).
     `resident_experts` says so of a mixture's experts, counted over all layers; one of the two is given at most.
     `device_memory_bytes` is what `auto` may take in all (None: there is no limit). `enable_prefix_caching`: KV of
     sequences that ended is kept for those that begin alike. `kv_arena_bytes` of host memory are for KV blocks that left

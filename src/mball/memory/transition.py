@@ -128,7 +128,7 @@ class Transitions:
             began = time.monotonic()
             reason = _whom_for(model)
             try:
-                if model.ballooned_bytes != model.balloon_bytes:
+                if model.ballooned_bytes != model.arrives_without_bytes:
                     await self._wish(model, worker, epoch)
                 done, rest = await self._load(model, worker, epoch)
                 canary = await worker.call("canary", deadline_s=settings.canary_s)
@@ -146,6 +146,7 @@ class Transitions:
             model.figures.load_rate = weights_bytes / load_s if load_s > 0 else None
             self._learn(model, rest, load_s)
             model.counters.promotions += 1
+            model.tight_bytes = 0
             model.opened_s = model.queue.last_used_s = time.monotonic()
             model.error = None
             self._events.record(
@@ -284,10 +285,14 @@ class Transitions:
             model.layer_s = float(status.get("layer_s", 0.0))
 
     async def _wish(self, model: Model, worker: WorkerProcess, epoch: int) -> None:
-        """What was taken for others has ended with its stay; what its operator wants goes on, as far as it can be."""
+        """What was taken for others has ended with its stay; what its operator wants goes on, as far as it can be, and
+        so does what there is no room for, else it does not come."""
         try:
-            await self._squeeze(model, worker, model.balloon_bytes, epoch)
+            await self._squeeze(model, worker, model.arrives_without_bytes, epoch)
         except VerbFailed as error:
+            if model.tight_bytes > model.balloon_bytes:
+                model.tight_bytes = 0
+                raise
             model.balloon_bytes = model.ballooned_bytes
             self._events.record("balloon set", model.name, f"not as was wished: {error}", level="warning")
         self._ledger.promise(model.name, model.needed_bytes)

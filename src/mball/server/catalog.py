@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mball.device.device import Device, open_devices
+from mball.device.host import memory_bytes
 from mball.device.simulated import SimulatedDevice
 from mball.memory.manager import Manager
 from mball.memory.pressure_watch import Gauge
@@ -55,9 +56,10 @@ def build_manager(config: Config, runtime_dir: Path, *, gauge: Gauge | None = No
 
 
 def budget(device: Device) -> int:
-    """What models may hold of a device where nobody says. Of a GPU something is left to the driver and to others."""
+    """What models may hold of a device where nobody says. Of a GPU something is left to the driver and to others, of
+    the CPU's memory (or what a cgroup allows of it) half to processes and images."""
     if not device.name.startswith("cuda:"):
-        return _CPU_BYTES
+        return min(_CPU_BYTES, memory_bytes() // 2)
     return device.total_bytes - max(device.total_bytes // 32, _LEAST_RESERVE)
 
 

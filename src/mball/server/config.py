@@ -81,7 +81,7 @@ class ModelConfig(BaseModel):
     resident_layers: Literal["auto"] | Annotated[int, Field(ge=0)] | None = Field(
         default=None,
         description="Layers that stay on the device while the others are streamed through it: a number, or auto for as "
-        "many as fit; by default the whole model has to.",
+        "many as fit; by default all, and auto for a model that can never fit whole.",
     )
     resident_experts: Literal["auto"] | Annotated[int, Field(ge=0)] | None = Field(
         default=None,
@@ -200,8 +200,9 @@ class Config(BaseSettings):
     device_memory_bytes: ConfigSize | None = Field(
         default=None,
         description=(
-            "What models may hold of each device together, weights, KV and working memory; by default 2 GiB of a CPU, "
-            "and of a GPU all but a thirty-second (512 MiB at least), which is left to the driver and to others."
+            "What models may hold of each device together, weights, KV and working memory; by default 2 GiB of a CPU "
+            "(half of its memory where that is less), and of a GPU all but a thirty-second (512 MiB at least), which "
+            "is left to the driver and to others."
         ),
     )
     dram_bytes: ConfigSize = Field(default=4 * GiB, description="DRAM for images of models that are not on the device.")

@@ -12,7 +12,7 @@ from mball.memory import estimate
 from mball.memory.spec import WorkerSpec
 from mball.server.engine import transformers_adapter as adapter
 from mball.server.engine.kv_cache import KVGeometry
-from mball.swap.layers_plan import Sizes
+from mball.swap.layers_plan import LEAST_SLOTS, Sizes
 from mball.swap.layers_read import PART_BYTES
 
 LAYER_THREADS = 4
@@ -25,11 +25,12 @@ GPU_LAYER_THREADS = 8
 @dataclass(frozen=True, slots=True)
 class Footprint:
     """`activation_bytes` is an estimate of the largest step's temporaries; the others are what will be taken, of the
-    weights what is resident and the slots that the rest passes through."""
+    weights what is resident and the slots that the rest passes through; `layer_bytes` of that can be given up."""
 
     weights_bytes: int
     kv_bytes: int
     activation_bytes: int
+    layer_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -54,11 +55,13 @@ def footprint(spec: WorkerSpec) -> Footprint:
     gathered = spec.max_num_seqs * max_model_len(spec, text, blocks) * geometry.token_bytes // geometry.num_layers
     pool = blocks * geometry.block_bytes(spec.block_size)
     activations = tokens * _token_activations(text) * dtype.itemsize + sampling + min(gathered, pool)
+    layer_bytes = 0
     if (sizes := _streamed(spec, checkpoint, geometry)) is not None:
         weights_bytes = sizes.held_bytes(estimate.cells(spec, sizes, pool))
+        layer_bytes = weights_bytes - sizes.held_bytes(min(LEAST_SLOTS, sizes.count))
         # On the CPU what threads read through is the device's too.
         activations += LAYER_THREADS * PART_BYTES if spec.device == "cpu" else 0
-    return Footprint(weights_bytes, pool, activations)
+    return Footprint(weights_bytes, pool, activations, layer_bytes)
 
 
 def streamed_cells(spec: WorkerSpec, checkpoint: Checkpoint, geometry: KVGeometry, num_blocks: int) -> int | None:

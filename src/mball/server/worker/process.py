@@ -79,6 +79,7 @@ def _hello(service: Service) -> control.Message:
         "weights_bytes": needs.weights_bytes,
         "kv_bytes": needs.kv_bytes,
         "working_bytes": needs.activation_bytes,
+        "layer_bytes": needs.layer_bytes,
         "image_bytes": service.engine.image_bytes,
         "image_key": None if key is None else key.hex(),
     }
