@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from mball.memory.spec import WorkerSpec
 from mball.server.engine_path import search_path
 from mball.server.models import random
 from mball.units import GiB, MiB
+from tests.vllm_bed import bed, damage_all
 from tests.vllm_python import vllm_python
 
 pytestmark = [
@@ -149,3 +153,52 @@ async def test_its_server_as_a_worker(model: Path, tmp_path: Path) -> None:
     finally:
         await worker.stop(Settings(verb_s=20))
     assert free_bytes - device.free_bytes() < 256 * MiB
+
+
+async def test_its_kv_goes_to_the_store_and_comes_back(model: Path, tmp_path: Path) -> None:
+    [device, *_] = NvmlDevice.visible()
+    room = shutil.disk_usage("/dev/shm").free // 2
+    if room < 64 * MiB:
+        pytest.skip(f"/dev/shm has room for {2 * room} bytes")
+    spec = WorkerSpec(
+        "m",
+        str(model),
+        socket_path=str(tmp_path / "1.sock"),
+        device=device.name,
+        max_model_len=4096,
+        max_num_seqs=4,
+        kv_cache_bytes=1 * GiB,
+        kv_arena_bytes=min(4 * GiB, room),
+        engine="vllm",
+        engine_args={"enforce_eager": True, "enable_prompt_tokens_details": True},
+    )
+    prompt = [(7 * number) % 200 + 5 for number in range(int(os.environ.get("MBALL_VLLM_KV_TOKENS", "2000")))]
+    found: dict[str, Any] = {}
+    async with bed(tmp_path, spec, 4 * GiB) as first:
+        # What is there already leaves the rest to be computed in other pieces, with other rounding.
+        cold, cached = await first.ask(prompt)
+        assert cached == 0
+        warm, cached = await first.ask(prompt)
+        assert cached >= len(prompt) - 32
+        found["stored"] = await first.until("stored_blocks", len(prompt) // 16 - 1)
+        for _ in range(3):
+            await first.forgets()
+            began = time.perf_counter()
+            again, cached = await first.ask(prompt)
+            found["restored_s"] = round(time.perf_counter() - began, 3)
+            assert again == warm
+            assert cached >= len(prompt) - 32
+            # Nothing of it is there for another tenant.
+            began = time.perf_counter()
+            assert (await first.ask(prompt, f"tenant {first.epoch}")) == (cold, 0)
+            found["computed_s"] = round(time.perf_counter() - began, 3)
+    async with bed(tmp_path, replace(spec, socket_path=str(tmp_path / "2.sock")), 4 * GiB) as second:
+        again, cached = await second.ask(prompt)
+        assert again == warm
+        assert cached >= len(prompt) - 32
+        await second.forgets()
+        damage_all(second.service)
+        assert await second.ask(prompt) == (cold, 0)
+        found["damaged"] = await second.counts()
+        assert found["damaged"]["failed_loads"] >= 1
+    print(json.dumps(found))  # noqa: T201

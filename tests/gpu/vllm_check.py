@@ -127,6 +127,7 @@ def versions(model: str) -> None:
     vllm_compat.loading()
     vllm_compat.sleeping()
     vllm_compat.cumem()
+    vllm_compat.tiering()
     files = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
     tell(stage="versions", vllm=found, torch=torch.__version__, gpu=torch.cuda.get_device_name(), weights_bytes=files)
 

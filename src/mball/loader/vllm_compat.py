@@ -26,6 +26,9 @@ BACKEND_IN_USE = "cumem"
 KV_TAG = "kv_cache"
 WEIGHTS_TAG = "weights"
 
+HOST_REGION_FOLDER = Path("/dev/shm")
+"""Where they keep KV blocks in host memory."""
+
 _TIER_METHODS: dict[str, tuple[str, ...]] = {
     "lookup": ("key", "req_context"),
     "submit_store": (),
@@ -291,7 +294,7 @@ def host_tiering() -> HostTiering:
 
 def host_region_files(engine_id: str) -> list[Path]:
     """What an engine's processes share KV blocks by; the names are needed until all of them have opened it."""
-    return sorted(Path("/dev/shm").glob(f"vllm_offload_{engine_id}*.mmap"))
+    return sorted(HOST_REGION_FOLDER.glob(f"vllm_offload_{engine_id}*.mmap"))
 
 
 def layout_of(offloading_spec: Any) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from mball.server.worker.vllm_door import Door
 from mball.server.worker.vllm_http import VllmClient
 from mball.server.worker.vllm_verbs import VllmVerbs, describe, fingerprints, private_bytes
 from mball.swap.place import digest
+from mball.units import format_bytes
 
 START_S = 3600.0
 """The manager gives up long before."""
@@ -88,6 +90,7 @@ def kv_bytes(spec: WorkerSpec) -> int:
 def _environment(spec: WorkerSpec) -> dict[str, str]:
     if not vllm_options.keeps_kv(spec):
         return vllm_options.environment(os.environ)
+    _check_room(spec)
     return vllm_options.environment(os.environ, vllm_options.kv_socket(spec), kv_identity(spec))
 
 
@@ -99,6 +102,16 @@ def kv_identity(spec: WorkerSpec) -> str:
     config = folder / "config.json"
     options = json.dumps({"dtype": spec.dtype, "device": spec.device.split(":")[0], **spec.engine_args}, sort_keys=True)
     return digest(*shards, config.read_bytes() if config.is_file() else b"", options).hex()
+
+
+def _check_room(spec: WorkerSpec) -> None:
+    """Raises ConfigError where the rows don't fit: a page that can't be had there ends a process without a word."""
+    wanted, free = spec.kv_arena_bytes or 0, shutil.disk_usage(vllm_compat.HOST_REGION_FOLDER).free
+    if wanted > free:
+        raise ConfigError(
+            f"{spec.model}: kv_arena_bytes is {format_bytes(wanted)}, and {vllm_compat.HOST_REGION_FOLDER}, where vLLM "
+            f"keeps them, has {format_bytes(free)} left: give less, or the container more (--shm-size)"
+        )
 
 
 def _unlink_rows(spec: WorkerSpec) -> None:
