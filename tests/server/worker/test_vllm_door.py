@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,8 @@ class Bed:
     broker: SwapBroker
     service: SwapService
     give: Callable[[], Awaitable[None]]
+    asked: list[Any]
+    """What came to the manager."""
 
 
 @pytest.fixture
@@ -66,7 +69,14 @@ async def bed(tmp_path: Path) -> AsyncIterator[Bed]:
     assert keeper.service is not None
     broker = SwapBroker(keeper, 30.0)
     ours, theirs = (control.Channel(sock) for sock in control.pair())
-    caller = control.Caller(ours, lambda _: None, answer=broker.answers("w"))
+    asked: list[Any] = []
+    answers = broker.answers("w")
+
+    async def answer(message: control.Message) -> control.Message:
+        asked.append(message.get("verb"))
+        return await answers(message)
+
+    caller = control.Caller(ours, lambda _: None, answer=answer)
     asker = control.Asker(theirs)
     serving = asyncio.create_task(control.serve(theirs, {}, asker))
     door = Door(tmp_path / "w.kv", asker)
@@ -75,7 +85,7 @@ async def bed(tmp_path: Path) -> AsyncIterator[Bed]:
     async def give() -> None:
         await door.give(store.worker_fd(), store.slots.to_wire())
 
-    yield Bed(door, tmp_path / "w.kv", broker, keeper.service, give)
+    yield Bed(door, tmp_path / "w.kv", broker, keeper.service, give, asked)
     await door.close()
     await caller.close()
     async with asyncio.timeout(DEADLINE_S):
@@ -147,6 +157,7 @@ async def test_nothing_but_the_stores_verbs_is_handed_on(bed: Bed) -> None:
     for verb in ("stop", "swap", "hello", "swap.other"):
         with pytest.raises(VerbFailed, match="unknown verb"):
             await asker.call(verb, deadline_s=DEADLINE_S)
+    assert not bed.asked
     with pytest.raises(VerbFailed, match=r"swap\.find"):
         await asker.call("swap.find", deadline_s=DEADLINE_S, keys=["no key"], model="no model")
     serving.cancel()
