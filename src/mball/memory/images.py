@@ -165,7 +165,11 @@ class Images:
         self.swap.look(model)
         if model.stored:
             await self._fetch(model, image)
-            return
+        if model.image is image and not image.ready:
+            await self._fill(model, worker, image)
+
+    async def _fill(self, model: Model, worker: WorkerProcess, image: Image) -> None:
+        """From the source."""
         try:
             filled = await worker.call("image", deadline_s=self._settings.image_s, fd=image.fd, state="empty")
             if model.image is not image:  # given up meanwhile, and its descriptor may be another's by now
@@ -178,12 +182,12 @@ class Images:
             return
         fill_s = float(filled.get("fill_s", 0.0))
         if fill_s > 0:
-            model.figures.source_rate.add(nbytes / fill_s)
+            model.figures.source_rate.add(image.nbytes / fill_s)
         image.key = None if (key := filled.get("key")) is None else bytes.fromhex(key)
         self._ready(model, image, fill_s, Weights.SOURCE)
 
     async def _fetch(self, model: Model, image: Image) -> None:
-        """From the swap store. Where that fails the next filling, or promotion, is from the source."""
+        """From the swap store, where that has it."""
         began = time.monotonic()
         image.key = model.image_key
         reading = image.transfer = asyncio.create_task(self.swap.read(model, image), name=f"fetch {model.name}")
@@ -191,9 +195,9 @@ class Images:
         if model.image is not image:  # given up meanwhile
             return
         image.transfer = None
+        if not reading.result():
+            return
         try:
-            if not reading.result():
-                raise TransitionError("the swap store does not have it")
             memfd.seal(image.fd)
             async with model.lock:
                 if model.image is image:
