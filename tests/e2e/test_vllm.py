@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from tests.vllm_python import vllm_python
 BUDGET_BYTES = 700 * MiB
 WEIGHTS_BYTES = 256 * MiB
 PROMPT = "The capital of France is"
+LONG_PROMPT = " ".join(f"On day {day} the river rose by {day * 7 % 13} inches." for day in range(1, 30))
+LONG_BLOCKS = 2
+"""That it fills."""
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +37,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             "path": str(demo_model("smollm2-135m")),
             "engine": "vllm",
             "engine_python": str(vllm_python()),
-            "engine_args": {"enforce-eager": True},
+            "engine_args": {"enforce-eager": True, "enable-prompt-tokens-details": True},
             "max_model_len": 1024,
             "max_num_seqs": 4,
             "kv_cache_memory_bytes": "96MiB",
+            "kv_arena_bytes": "32MiB",
         },
         {"path": str(demo_model("smollm2-135m-27l")), "kv_cache_memory_bytes": "64MiB"},
     ]
     config = folder / "mball.yaml"
-    settings = {"device_memory_bytes": BUDGET_BYTES, "max_wait_s": 0, "start_timeout_s": 400}
+    swap = {"path": str(folder / "swap"), "size_bytes": "64MiB", "slot_bytes": "512KiB"}
+    settings = {"device_memory_bytes": BUDGET_BYTES, "max_wait_s": 0, "start_timeout_s": 400, "swap": swap}
     config.write_text(yaml.safe_dump({"models": models, "log_dir": str(folder / "logs"), **settings}))
     with running_server(["--config", str(config)], log=folder / "server.log") as running:
         yield running
@@ -52,6 +58,27 @@ def complete(server: Running, model: str) -> str:
     answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=500)
     assert answer.status_code == 200, answer.text
     return str(answer.json()["choices"][0]["text"])
+
+
+def complete_long(server: Running) -> tuple[str, int]:
+    """And how many tokens of the prompt were not computed."""
+    body = {"model": "smollm2-135m", "prompt": LONG_PROMPT, "max_tokens": 8, "temperature": 0}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=500)
+    assert answer.status_code == 200, answer.text
+    details = answer.json()["usage"].get("prompt_tokens_details") or {}
+    return str(answer.json()["choices"][0]["text"]), int(details.get("cached_tokens") or 0)
+
+
+def kept(server: Running) -> None:
+    """Waits until its blocks are in the store."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with Client(server.url) as client:
+            swap = client.state()["swap"]
+        if swap["blocks"] >= LONG_BLOCKS:
+            return
+        time.sleep(0.1)
+    raise AssertionError(swap)
 
 
 def state(server: Running, model: str = "smollm2-135m") -> dict[str, Any]:
@@ -104,8 +131,9 @@ def test_bad_requests_are_answered_by_vllm_in_openais_shape(server: Running) -> 
     assert "message" in answer.json()["error"]
 
 
-def test_a_killed_worker_is_started_again(server: Running) -> None:
-    first = complete(server, "smollm2-135m")
+def test_a_killed_worker_is_started_again_and_its_kv_is_there(server: Running) -> None:
+    first, (text, _) = complete(server, "smollm2-135m"), complete_long(server)
+    kept(server)
     before = state(server)
     family = [psutil.Process(pid) for pid in proc.family(before["pid"])]
     assert len(family) > 2
@@ -115,6 +143,7 @@ def test_a_killed_worker_is_started_again(server: Running) -> None:
     assert not alive
     assert len(gone) == len(family)
     assert complete(server, "smollm2-135m") == first
+    assert complete_long(server) == (text, LONG_BLOCKS * 128)
     after = state(server)
     assert after["pid"] != before["pid"]
     assert after["starts"] == before["starts"] + 1
