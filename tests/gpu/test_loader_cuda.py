@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mball.device.cuda import CudaRuntime, CudaStream
 from mball.device.host import usable_cpus
 from mball.device.mapping import Mapping
-from mball.errors import Cancelled, DeviceOutOfMemory, RegistrationFailed
+from mball.errors import Cancelled, DeviceOutOfMemory, RegistrationFailed, SwapMiss
 from mball.loader import Checkpoint, Slice, Way, Weights, image, load, stream, tune
 from mball.loader import fill as filling
 from mball.loader.paths import FEW_CORES
@@ -21,7 +21,9 @@ from mball.loader.registered import IMAGES
 from mball.loader.ring import RINGS
 from mball.loader.slab import CudaSlab
 from mball.loader.tuning import Profile
+from mball.swap.stored_image import StoredImage
 from mball.units import GiB, MiB
+from tests.swap.test_stored_image import flip, stored
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -110,6 +112,26 @@ def test_from_an_image_by_its_registered_pages(tmp_path: Path, tensors: dict[str
         weights.release()
     IMAGES.detach(fd)
     os.close(fd)
+
+
+def test_straight_from_the_slots_of_a_store(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    checkpoint = Checkpoint.open(tmp_path)
+    with init_empty_weights():
+        holder = nn.ParameterDict({name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()})
+    weights = Weights.bind(holder, checkpoint, device=torch.device("cuda"))
+    with stored(checkpoint, tmp_path, 2 * MiB) as (store, place):
+        (tmp_path / "model.safetensors").rename(tmp_path / "away")
+        for _ in range(2):
+            stats = weights.load(stored=StoredImage(store.slots, place).read)
+            assert set(stats.by_way) <= {"ring", "buffered"}
+            for name, tensor in tensors.items():
+                assert torch.equal(holder[name].cpu(), tensor)
+            weights.release()
+        flip(store, place, checkpoint.image_bytes // 2)
+        before = torch.cuda.mem_get_info()[0]
+        with pytest.raises(SwapMiss):
+            weights.load(stored=StoredImage(store.slots, place).read)
+        assert torch.cuda.mem_get_info()[0] >= before
 
 
 def test_a_refused_registration_is_an_error_that_no_kernel_reports() -> None:

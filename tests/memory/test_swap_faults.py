@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import errno
 import os
@@ -168,6 +169,33 @@ async def test_a_store_that_hangs_keeps_no_memory_and_is_not_waited_for_again(
     await serves(running)
     await put_away(running, "a")
     assert "it would take" in events(running, "image not stored", "a")[-1]["reason"]
+    await serves(running)
+
+
+async def test_who_is_in_a_hurry_does_not_wait_for_a_writing_that_another_has_time_for(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = await begin(model("a", SLOW))
+    await running.ask("a")
+    await ready(running, "a")
+    found, images = running.manager._models["a"], running.manager._images
+    go, began = threading.Event(), threading.Event()
+
+    def late(parts: Sequence[memoryview], at: int) -> int:
+        began.set()
+        go.wait(120)
+        raise OSError(errno.EIO, "late")
+
+    monkeypatch.setattr(service(running).store.slots.disk, "pwritev", late)
+    slowly = asyncio.create_task(images.drop(found, "another saves more", store_s=100.0))
+    assert await asyncio.to_thread(began.wait, 30)
+    async with asyncio.timeout(30):
+        await images.drop(found, "host memory is short", store_s=0.1)
+        await slowly
+    assert not running.state("a")["image_ready"]
+    assert running.manager.snapshot()["dram"]["image_bytes"] == 0
+    assert [event["reason"] for event in events(running, "image dropped", "a")] == ["host memory is short"]
+    go.set()
     await serves(running)
 
 

@@ -42,7 +42,7 @@ def stored(checkpoint: Checkpoint, folder: Path, slot_bytes: int = SLOT) -> Iter
     image.fill(checkpoint, fd)
     image.seal(fd)
     key = image.key(checkpoint)
-    store = open_at(folder / "store" / "swap", size_bytes=4 * MiB + 2 * checkpoint.image_bytes, slot_bytes=slot_bytes)
+    store = open_at(folder / "store" / "swap", size_bytes=8 * MiB + 2 * checkpoint.image_bytes, slot_bytes=slot_bytes)
     store.put(Want(Kind.IMAGE, key, MODEL, checkpoint.image_bytes), fd)
     os.close(fd)
     try:

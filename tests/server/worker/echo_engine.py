@@ -87,7 +87,7 @@ class EchoEngine:
         if gone is not None:
             gone.emit(Output(None, finish_reason="abort"))
 
-    def image_key(self) -> None:
+    def image_key(self) -> bytes | None:
         return None
 
     def status(self) -> EngineStatus:
@@ -182,7 +182,7 @@ class EchoEmbedder:
         self.calls.append(len(prompts))
         return [[float(len(prompt)), float(prompt[0]), float(prompt[-1]), 0.5] for prompt in prompts]
 
-    def image_key(self) -> None:
+    def image_key(self) -> bytes | None:
         return None
 
     def status(self) -> EngineStatus:

@@ -27,6 +27,11 @@ class SlowEngine(EchoEngine):
         super().__init__(vocab_size=600, eos=2)
         self.begun = threading.Event()
         self.slow = True
+        self.keys: list[bytes | None] = []
+        """What its files are named by, one time after another."""
+
+    def image_key(self) -> bytes | None:
+        return self.keys.pop(0) if self.keys else None
 
     def fill_image(self, image_fd: int, cancel: threading.Event | None = None) -> int:
         self.begun.set()
@@ -71,4 +76,31 @@ async def test_an_image_that_is_not_wanted_any_more_is_filled_no_further(
     assert len([name for name in held if "slow" in name]) == 1, "the worker has let go of it"
     engine.slow = False
     assert await caller.call("image", deadline_s=30, fd=fd, state="empty")
+    os.close(fd)
+
+
+async def test_files_that_change_while_an_image_is_filled_leave_it_without_a_name(
+    worker: tuple[control.Caller, SlowEngine],
+) -> None:
+    caller, engine = worker
+    engine.slow = False
+    fd = memfd.create("named", engine.image_bytes)
+    for keys, name in (([b"a", b"a"], b"a".hex()), ([b"a", b"b"], None), ([None, None], None)):
+        engine.keys = list(keys)
+        assert (await caller.call("image", deadline_s=30, fd=fd, state="empty"))["key"] == name
+    os.close(fd)
+
+
+async def test_an_image_of_other_files_than_those_that_are_there_is_refused(
+    worker: tuple[control.Caller, SlowEngine],
+) -> None:
+    caller, engine = worker
+    fd = memfd.create("other", engine.image_bytes)
+    for key in (b"b", None):
+        engine.keys = [key]
+        with pytest.raises(VerbFailed, match="files are others"):
+            await caller.call("image", deadline_s=30, fd=fd, state="ready", key=b"a".hex())
+    engine.keys = [b"a", None]
+    await caller.call("image", deadline_s=30, fd=fd, state="ready", key=b"a".hex())
+    await caller.call("image", deadline_s=30, fd=fd, state="ready", key=None)
     os.close(fd)
