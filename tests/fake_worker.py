@@ -45,7 +45,7 @@ MiB = 1 << 20
 class Knobs:
     """How this worker behaves. A step is start, promote, canary, demote, balloon, image, drop_image, stop or
     request. Only where it `balloons` does it say what it could give up, and `layer_bytes` after that, with which a
-    request would take `layer_s` longer.
+    request would take `layer_s` longer; whole pieces of `piece_bytes` go and come.
 
     `crash_at`, `hang_at`, `fail_at` name the step at which it kills itself, never answers, or answers with an error.
     `content` names what is in its image, by default its own name (-: it can't be loaded from the swap store); reading
@@ -70,6 +70,7 @@ class Knobs:
     balloons: bool = False
     layer_bytes: int = 0
     layer_s: float = 0.0
+    piece_bytes: int = 1
     deaf: bool = False
     orphan: bool = False
     leaves_group: bool = False
@@ -232,7 +233,8 @@ class FakeWorker:
     async def balloon(self, message: control.Message, fd: int | None) -> control.Message:
         """Of the KV, all but an eighth may go while nobody is inside, a half while somebody is; then layers."""
         await self.fault("balloon")
-        nbytes, kv_bytes = int(message["bytes"]), self.knobs.kv_bytes
+        piece, kv_bytes = self.knobs.piece_bytes, self.knobs.kv_bytes
+        nbytes = -(-int(message["bytes"]) // piece) * piece
         most = self.gift + self.knobs.layer_bytes
         if nbytes > most or (message["gently"] and nbytes - self.ballooned > self.spare):
             raise TransitionError(f"{nbytes} bytes can't be given up")

@@ -182,6 +182,21 @@ async def test_one_that_streams_comes_with_fewer_layers_where_what_is_pinned_lea
     books(running, device)
 
 
+async def test_room_that_is_too_little_for_a_layer_is_offered_once(serve: Serve, device: SimulatedDevice) -> None:
+    settings = dataclasses.replace(QUICK, deflate_s=0.05)
+    deep = Knobs(weights_bytes=60 * MiB, kv_bytes=6 * MiB, layer_bytes=30 * MiB, piece_bytes=15 * MiB)
+    running = await serve(model("a", pinned=True), model("b", deep), settings=settings)
+    await running.ask("a")
+    assert await running.ask("b") == "b 1 2 3 "
+    tried = slot_of(running.manager).sampler._too_little
+    await running.until(lambda: 0 < tried.get("b", 0) < 15 * MiB)
+    assert not [event for event in running.manager.snapshot()["events"] if event["kind"] == "deflated"]
+    await running.manager.unpin("a")
+    await running.manager.unload("a")
+    await running.until(lambda: running.state("b")["ballooned_bytes"] == 0)
+    books(running, device)
+
+
 async def test_one_whose_layers_are_not_enough_is_told_who_has_the_room(serve: Serve, device: SimulatedDevice) -> None:
     deep = Knobs(weights_bytes=60 * MiB, kv_bytes=6 * MiB, layer_bytes=10 * MiB)
     running = await serve(model("a", pinned=True), model("b", deep))

@@ -39,6 +39,8 @@ class Sampler:
         self._events = events
         self._last: dict[str, float] = {}
         self._roomy_since_s: float | None = None
+        # What an engine could make nothing of: a layer, or a piece of KV, comes back as a whole.
+        self._too_little: dict[str, int] = {}
         self.foreign = Foreign()
         self._seen_before = Foreign()
         self._told_bytes = 0
@@ -137,9 +139,11 @@ class Sampler:
         """What was taken for others comes back where there has been room for a while and nobody waits."""
         slot = self._slot
         models = slot.models.values()
+        free_bytes, few = slot.ledger.free_bytes, self._too_little
         squeezed = [m for m in models if m.ballooned_bytes > m.balloon_bytes and m.on_device]
+        squeezed = [m for m in squeezed if free_bytes > few.get(m.name, 0)]
         waiting = any(len(m.queue) or m.wanted or not m.settled for m in models)
-        if not squeezed or waiting or slot.lease.busy or not slot.ledger.free_bytes:
+        if not squeezed or waiting or slot.lease.busy:
             self._roomy_since_s = None
             return
         if self._roomy_since_s is None:
@@ -148,7 +152,7 @@ class Sampler:
             return
         self._roomy_since_s = None
         model = max(squeezed, key=lambda m: (m.queue.rate.at(now), m.name))
-        back = min(slot.ledger.free_bytes, model.ballooned_bytes - model.balloon_bytes)
+        before, back = model.ballooned_bytes, min(free_bytes, model.ballooned_bytes - model.balloon_bytes)
         async with slot.lease.hold() as epoch:
             try:
                 await slot.transitions.set_balloon(
@@ -156,6 +160,9 @@ class Sampler:
                 )
             except (TransitionError, DeviceError) as error:
                 _log.info("not deflated", model=model.name, error=str(error))
+                return
+        if model.ballooned_bytes == before:
+            few[model.name] = back
 
 
 def _at_rest(model: Model) -> bool:

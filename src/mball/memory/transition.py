@@ -146,7 +146,10 @@ class Transitions:
             model.figures.load_rate = weights_bytes / load_s if load_s > 0 else None
             self._learn(model, rest, load_s)
             model.counters.promotions += 1
-            model.tight_bytes = 0
+            if model.tight_bytes:
+                # Layers go as a whole: it may have given more than it had to.
+                model.tight_bytes = 0
+                self._ledger.promise(model.name, min(self._ledger.held(model.name), max(held, model.needed_bytes)))
             model.opened_s = model.queue.last_used_s = time.monotonic()
             model.error = None
             self._events.record(
@@ -258,9 +261,11 @@ class Transitions:
             model.figures.held.start_anew()
             if freed > 0:
                 model.measured_bytes = await self._given(model, held - freed, free_bytes + freed, held - freed)
-            else:
+            elif freed < 0:
                 model.figures.balloon_s.add(took)
             self._ledger.promise(model.name, held - freed)
+            if not freed:
+                return
             self._events.record(
                 "ballooned" if freed > 0 else "deflated",
                 model.name,
