@@ -88,6 +88,17 @@ def test_a_prompt_that_is_hardly_longer_than_a_step_is_computed() -> None:
     assert gate.better("store", 0, 16, 16 * token_bytes, NOW), "a block is one of many"
 
 
+def test_what_follows_is_a_short_step_and_no_middling_one() -> None:
+    gate = taught(a=5e-5, b=0, rate=10 * GiB)
+    token_bytes = GiB // 8192
+    for _ in range(50):
+        gate.computed(8000, 1, 0.022)
+    assert gate.admits("store", 0, 992, 992 * token_bytes, NOW)
+    for _ in range(50):
+        gate.computed(0, 100, 0.05)
+    assert gate.admits("store", 0, 992, 992 * token_bytes, NOW)
+
+
 def test_copies_that_stay_small_count_in_the_end() -> None:
     gate = taught(rate=40 * GiB)
     for _ in range(100):

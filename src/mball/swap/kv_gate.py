@@ -14,10 +14,12 @@ from typing import Literal
 
 Source = Literal["dram", "store"]
 
-MARGIN = 1.25
-"""Bringing back must be so many times as fast: both are estimates, and a wrong guess costs a wait."""
+MARGIN = 1.1
+"""Bringing back must be so many times as fast: where both take the same, the disk is better left alone."""
 _KEPT = 0.9
 """Of an older measurement's weight, with each new one."""
+_SHORT_BITS = 4
+"""A sixteenth, about, of the largest step is a short one: such as follows what was brought back."""
 _PATIENCE = 32
 """Smaller copies in a row, after which the larger ones before them are of the past."""
 _STALE_S = 300.0
@@ -114,7 +116,7 @@ class Gate:
             self._compute = Line()
         if self._largest.takes(count):
             self._compute.add(start + count / 2, seconds / count, count)
-        else:
+        elif count.bit_length() <= self._largest.bits - _SHORT_BITS:
             before_s = seconds if self._short_s is None else self._short_s
             self._short_s = before_s * _KEPT + seconds * (1 - _KEPT)
 

@@ -49,13 +49,13 @@ class LayeredWeights(StreamedWeights):
         sources: Mapping[str, Sequence[Piece]] | None = None,
         ignore: Collection[str] = (),
         account: Account | None = None,
-        threads: int = 4,
+        threads: int = 8,
     ) -> LayeredWeights:
         """As `Weights.bind`, of a module whose `layers` run one after the other, with room for `cells` of them.
 
-        `threads` read layers that have no image. Tensors that layers share, with each other or with what is beside
-        them, stay on the device. Raises TensorMismatch; UnsupportedCheckpoint where a GPU would have to cast layers as
-        they pass; DeviceError.
+        `threads` read layers that have no image: some copy while others keep the disk busy. Tensors that layers share,
+        with each other or with what is beside them, stay on the device. Raises TensorMismatch; UnsupportedCheckpoint
+        where a GPU would have to cast layers as they pass; DeviceError.
         """
         slots = slots_of(module, checkpoint, dtype, sources or {}, ignore, device)
         rest, of_layers = _divided(slots, layers)
