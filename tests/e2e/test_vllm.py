@@ -37,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             "path": str(demo_model("smollm2-135m")),
             "engine": "vllm",
             "engine_python": str(vllm_python()),
-            "engine_args": {"enforce-eager": True, "enable-prompt-tokens-details": True},
+            "engine_args": {"enforce-eager": True},
             "max_model_len": 1024,
             "max_num_seqs": 4,
             "kv_cache_memory_bytes": "96MiB",

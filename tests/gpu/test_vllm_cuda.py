@@ -170,7 +170,7 @@ async def test_its_kv_goes_to_the_store_and_comes_back(model: Path, tmp_path: Pa
         kv_cache_bytes=1 * GiB,
         kv_arena_bytes=min(4 * GiB, room),
         engine="vllm",
-        engine_args={"enforce_eager": True, "enable_prompt_tokens_details": True},
+        engine_args={"enforce_eager": True},
     )
     prompt = [(7 * number) % 200 + 5 for number in range(int(os.environ.get("MBALL_VLLM_KV_TOKENS", "2000")))]
     found: dict[str, Any] = {}

@@ -84,7 +84,7 @@ def test_kv_goes_to_host_memory_and_to_the_store_below_it() -> None:
         "cpu_bytes_to_use": 1 << 30,
         "secondary_tiers": [{"type": "mball"}],
     }
-    assert "--prefix-caching-hash-algo sha256_cbor" in " ".join(arguments(KEEPS, 1))
+    assert "--prefix-caching-hash-algo sha256_cbor --enable-prompt-tokens-details" in " ".join(arguments(KEEPS, 1))
     on_gpu = transfer(replace(KEEPS, device="cuda:GPU-1"))["kv_connector_extra_config"]
     assert on_gpu["spec_name"] == "TieringOffloadingSpec"
     assert "spec_module_path" not in on_gpu

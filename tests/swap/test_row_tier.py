@@ -132,15 +132,28 @@ def test_another_models_blocks_are_not_there(bed_for: BedFor) -> None:
     assert bed_for(model=digest("another")).looked(keys) == [False] * 4
 
 
-def test_a_chain_ends_where_a_block_is_missing_and_another_does_not(bed_for: BedFor) -> None:
-    keys = chain("a", 6)
+def test_a_chain_is_there_from_either_end_up_to_what_is_missing(bed_for: BedFor) -> None:
+    keys = chain("a", 8)
     bed = bed_for()
-    bed.keep(keys[:2] + keys[3:])
-    assert bed.looked(keys) == [True, True, False, False, False, False]
-    assert bed.looked(keys[3:], user="s", group=1) == [False] * 3, "asked for already"
+    bed.keep([*keys[:2], keys[4], *keys[6:]])
+    assert bed.looked(keys) == [True, True, False, False, False, False, True, True]
+    # What was answered stays so for whoever asks, until nobody does.
+    assert bed.looked([keys[4]], user="s") == [False]
     bed.tier.forget("r")
+    assert bed.looked([keys[4]], user="s") == [False]
     bed.tier.forget("s")
-    assert bed.looked(keys[3:], user="s", group=1) == [True] * 3
+    assert bed.looked([keys[4]], user="s") == [True]
+
+
+def test_groups_of_one_request_are_chains_of_their_own(bed_for: BedFor) -> None:
+    """As of a model with sliding windows: those are asked for from the end."""
+    whole, sliding = chain("a", 6), chain("b", 6)
+    bed = bed_for()
+    bed.keep(whole[:4] + sliding[:4])
+    found = [bed.tier.lookup(key, "r", group) for group, keys in ((0, whole), (1, sliding[::-1])) for key in keys]
+    assert set(found) == {None}
+    assert bed.looked(whole) == [True] * 4 + [False] * 2
+    assert bed.looked(sliding, group=1) == [True] * 4 + [False] * 2
 
 
 def test_without_a_store_nothing_waits(bed_for: BedFor) -> None:

@@ -112,7 +112,9 @@ def arguments(spec: WorkerSpec, kv_bytes: int) -> list[str]:
     else:
         options["worker_cls"] = CPU_WORKER
     if keeps_kv(spec):
-        options = {"prefix_caching_hash_algo": _HASH, **options, "kv_transfer_config": _kv_transfer(spec)}
+        # What of a prompt was not computed is told in `usage`, as the embedded engine tells it.
+        told = {"prefix_caching_hash_algo": _HASH, "enable_prompt_tokens_details": True}
+        options = {**told, **options, "kv_transfer_config": _kv_transfer(spec)}
     return [word for name, value in options.items() for word in _words(name, value)]
 
 

@@ -115,7 +115,8 @@ class RowTier:
 
     def lookup(self, key: bytes, user: Hashable, group: Hashable = None) -> bool | None:
         """Whether the store has a block; None while that is not known: it is looked for at the next `flush`. Keys of
-        one user and group are taken for a chain: where one is missing, those asked for after it are too."""
+        one user and group are taken for a chain, asked for from its beginning or its end: beside what is there from
+        the first on, and from the last on, nothing is looked for."""
         with self._changed:
             looked = self._looked.get(key)
             if looked is None:
@@ -192,20 +193,27 @@ class RowTier:
 
     def _find(self, store: BlockStore | None, chains: Sequence[Sequence[bytes]]) -> None:
         for chain in chains:
-            places: list[Place] = []
+            places: list[Place | None] = []
             try:
                 if store is not None:
-                    places = store.find([digest(key) for key in chain], self._model)
+                    places = self._both_ends(store, [digest(key) for key in chain])
             except (MballError, OSError):
                 self._counters.add("failed_lookups")
-            self._counters.add("found_blocks", len(places))
-            self._counters.add("missing_blocks", len(chain) - len(places))
+            there = sum(place is not None for place in places)
+            self._counters.add("found_blocks", there)
+            self._counters.add("missing_blocks", len(chain) - there)
             with self._changed:
                 for number, key in enumerate(chain):
                     looked = self._looked.get(key)
                     if looked is not None and not looked.answered:
                         looked.answered = True
                         looked.place = places[number] if number < len(places) else None
+
+    def _both_ends(self, store: BlockStore, names: Sequence[bytes]) -> list[Place | None]:
+        first: list[Place | None] = [*store.find(names, self._model)]
+        rest = names[len(first) + 1 :]
+        last = store.find(rest[::-1], self._model) if rest else []
+        return [*first, *[None] * (len(names) - len(first) - len(last)), *reversed(last)]
 
     def _begin(self, lane: Lane, act: Callable[[_Job, float | None], None], job: _Job, ends: float | None) -> None:
         with self._changed:

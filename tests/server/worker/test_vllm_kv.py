@@ -28,7 +28,7 @@ def spec_in(folder: Path) -> WorkerSpec:
         kv_cache_bytes=96 * MiB,
         kv_arena_bytes=64 * MiB,
         engine="vllm",
-        engine_args={"enforce_eager": True, "enable_prompt_tokens_details": True},
+        engine_args={"enforce_eager": True},
     )
 
 
