@@ -9,7 +9,7 @@ import pytest
 
 from mball.errors import ConfigError
 from mball.memory.spec import WorkerSpec
-from mball.memory.vllm_options import OURS, arguments, check_kv, engine_id, environment, keeps_kv, kv_socket
+from mball.memory.vllm_options import OURS, adapters, arguments, check_kv, engine_id, environment, keeps_kv, kv_socket
 
 SPEC = WorkerSpec("m", "/models/m", socket_path="/run/m.sock", engine="vllm", max_num_seqs=4)
 
@@ -129,3 +129,24 @@ def test_kv_that_could_be_anothers_is_not_kept(engine_args: dict[str, Any], told
     with pytest.raises(ConfigError, match=told):
         arguments(replace(KEEPS, engine_args=engine_args), 1)
     check_kv(None, engine_args)
+
+
+@pytest.mark.parametrize(
+    ("modules", "names"),
+    [
+        (["a=/a", "b=/b"], ["a", "b"]),
+        ("a=/a", ["a"]),
+        ([{"name": "a", "path": "/a"}, '{"name": "b", "path": "/b"}'], ["a", "b"]),
+        ({"name": "a", "path": "/a"}, ["a"]),
+        (None, []),
+        ([], []),
+    ],
+)
+def test_adapters_have_the_names_that_vllm_gives_them(modules: Any, names: list[str]) -> None:
+    assert adapters({"lora-modules": modules, "enable_lora": True}) == names
+
+
+@pytest.mark.parametrize("module", ["=/a", "{", "{}", {"path": "/a"}, {"name": 3}, 7])
+def test_what_names_no_adapter_is_refused(module: Any) -> None:
+    with pytest.raises(ConfigError, match="NAME=PATH"):
+        adapters({"lora_modules": [module]})

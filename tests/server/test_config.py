@@ -181,6 +181,8 @@ def test_an_engine_of_its_own_interpreter(tmp_path: Path) -> None:
         ("engine_python: /v/bin/python", "engine: vllm"),
         ("engine: vllm, resident_layers: 3", "engine: transformers"),
         ("engine: vllm, engine_args: {uds: /tmp/x}", "uds is set by MBALL"),
+        ("engine: vllm, engine_args: {lora_modules: [7]}", "NAME=PATH"),
+        ("engine: vllm, engine_args: {lora_modules: [a=/x]}", "two models are called 'a'"),
         ("engine: vllm, kv_arena_bytes: 1GiB, engine_args: {enable_lora: true}", "enable_lora"),
         ("engine: vllm, engine_args: {gpu-memory-utilization: 0.9}", "give the model's kv_cache_memory_bytes"),
     ],

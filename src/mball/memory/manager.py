@@ -43,6 +43,7 @@ from mball.memory.states import Process
 from mball.memory.swap_broker import SwapBroker
 from mball.memory.swap_images import SwapImages
 from mball.memory.swap_keeper import SwapKeeper
+from mball.memory.vllm_options import adapters
 from mball.memory.worker_log import log_path, log_tail
 from mball.swap.store import Settings as SwapSettings
 from mball.units import format_bytes
@@ -169,6 +170,15 @@ class Manager:
 
     def names(self) -> list[str]:
         return list(self._models)
+
+    def adapters(self) -> dict[str, str]:
+        """Models that another one serves, as adapters of it: that one's name by theirs."""
+        return {
+            adapter: name
+            for name, model in self._models.items()
+            if model.spec.worker.engine == "vllm"
+            for adapter in adapters(model.spec.worker.engine_args)
+        }
 
     @contextlib.asynccontextmanager
     async def admit(self, name: str, *, deadline_s: float | None = None) -> AsyncIterator[Ticket]:

@@ -52,6 +52,27 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> None:
             raise ConfigError(f"engine_args: {name} is set by MBALL{_INSTEAD.get(plain, '')}")
 
 
+def adapters(engine_args: Mapping[str, Any]) -> list[str]:
+    """Names of the LoRA adapters that vLLM is to serve beside a model. Raises ConfigError where none can be told."""
+    given = [value for name, value in engine_args.items() if name.replace("-", "_") == "lora_modules"]
+    modules = [each for value in given for each in (value if isinstance(value, list | tuple) else [value])]
+    return [_adapter(module) for module in modules if module is not None]
+
+
+def _adapter(module: Any) -> str:
+    if isinstance(module, str) and module.lstrip().startswith("{"):
+        try:
+            module = json.loads(module)
+        except ValueError:
+            module = None
+    name = module.partition("=")[0] if isinstance(module, str) else None
+    if isinstance(module, Mapping):
+        name = module.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError("engine_args: each of lora_modules is NAME=PATH, or a mapping with name and path")
+    return name
+
+
 def check_kv(kv_arena_bytes: int | None, engine_args: Mapping[str, Any]) -> None:
     """Raises ConfigError where KV blocks are to be kept and can't be told apart, or are kept by another already."""
     if not kv_arena_bytes:

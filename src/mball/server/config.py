@@ -20,7 +20,7 @@ from pydantic_settings import (
 )
 
 from mball.errors import ConfigError
-from mball.memory.vllm_options import check_engine_args, check_kv
+from mball.memory.vllm_options import adapters, check_engine_args, check_kv
 from mball.swap.layout import SLOT_BYTES
 from mball.units import GiB, MiB, parse_bytes
 
@@ -117,6 +117,7 @@ class ModelConfig(BaseModel):
             try:
                 check_engine_args(self.engine_args)
                 check_kv(self.kv_arena_bytes, self.engine_args)
+                adapters(self.engine_args)
             except ConfigError as error:
                 raise ValueError(str(error)) from None
         return self
@@ -252,13 +253,14 @@ class Config(BaseSettings):
     @model_validator(mode="after")
     def _names_are_unique(self) -> Config:
         seen: set[str] = set()
-        for key in self.api_keys:
-            if strange := set(key.models) - {model.name for model in self.models}:
-                raise ValueError(f"the key {key.name!r} is for {', '.join(sorted(strange))}: no model is called so")
         for model in self.models:
-            if model.name in seen:
-                raise ValueError(f"two models are called {model.name!r}: give one of them another name")
-            seen.add(model.name)
+            for name in (model.name, *adapters(model.engine_args)):
+                if name in seen:
+                    raise ValueError(f"two models are called {name!r}: give one of them another name")
+                seen.add(name)
+        for key in self.api_keys:
+            if strange := set(key.models) - seen:
+                raise ValueError(f"the key {key.name!r} is for {', '.join(sorted(strange))}: no model is called so")
         return self
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,6 +86,19 @@ async def test_moving_models_takes_an_operator_s_key(gateway: Start) -> None:
     assert running.state("a")["starts"] == 0
     async with running.http.get(f"{running.url}/mball/v1/state", headers=bearer(ADMIN)) as response:
         assert response.status == 200
+
+
+async def test_an_adapter_is_for_those_keys_that_name_it(gateway: Start) -> None:
+    given = model("a")
+    worker = replace(given.worker, engine="vllm", engine_args={"lora_modules": ["a-formal=/f", "a-brief=/b"]})
+    served = {"path": "/m/a", "engine": "vllm", "engine_args": {"lora_modules": ["a-formal=/f", "a-brief=/b"]}}
+    keys = [entry(USER, "user", models=["a", "a-brief"])]
+    running = await gateway(replace(given, worker=worker), models=[served], api_keys=keys)
+    async with running.http.get(f"{running.url}/v1/models", headers=bearer(USER)) as response:
+        assert [card["id"] for card in (await response.json())["data"]] == ["a", "a-brief"]
+    for name, status in (("a-brief", 200), ("a-formal", 404)):
+        async with running.http.post(running.url + CHAT, data=body(name), headers=bearer(USER)) as response:
+            assert response.status == status
 
 
 async def test_models_that_a_key_is_not_for_are_not_there(gateway: Start) -> None:

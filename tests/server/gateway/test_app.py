@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,28 @@ async def test_a_draining_server_refuses_and_finishes(gateway: Start) -> None:
         async with running.http.get(running.url + "/health") as response:
             assert response.status == 200
         assert (await under_way.content.read()).endswith(b"data: [DONE]\n\n")
+
+
+async def test_adapters_are_models_that_their_model_serves(gateway: Start) -> None:
+    given = model("a")
+    worker = replace(given.worker, engine="vllm", engine_args={"lora_modules": ["a-formal=/f", "a-brief=/b"]})
+    running = await gateway(replace(given, worker=worker), model("c"))
+    async with running.http.get(running.url + "/v1/models") as response:
+        cards = (await response.json())["data"]
+    assert [(card["id"], card.get("parent")) for card in cards] == [
+        ("a", None),
+        ("c", None),
+        ("a-formal", "a"),
+        ("a-brief", "a"),
+    ]
+    async with running.http.get(running.url + "/v1/models/a-brief") as response:
+        assert (await response.json())["parent"] == "a"
+    async with running.http.post(running.url + CHAT, data=body("a-brief")) as response:
+        assert response.status == 200
+        assert (await response.json())["choices"][0]["message"]["content"].startswith("a ")
+    assert running.state("a")["shown_as"] == "device"
+    async with running.http.post(running.url + CHAT, data=body("a-other")) as response:
+        assert response.status == 404
 
 
 async def test_models_are_listed_and_moved(gateway: Start) -> None:

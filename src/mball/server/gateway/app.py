@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -65,13 +66,15 @@ def _keys(config: Config) -> list[Key]:
 def _openai(manager: Manager, workers: Workers, config: Config) -> APIRouter:
     router = APIRouter(prefix="/v1")
     started = int(time.time())
+    adapters = manager.adapters()
 
     async def forward(request: Request) -> Response:
         call = await read_call(request, config.max_body_bytes)
         key: Key = request.state.key
         key.check_model(call.model)
         return Forward(
-            call,
+            # An adapter is served by its model, which finds its name in the body.
+            replace(call, model=adapters.get(call.model, call.model)),
             key,
             request.url.path,
             manager,
@@ -84,16 +87,19 @@ def _openai(manager: Manager, workers: Workers, config: Config) -> APIRouter:
         router.add_api_route(path.removeprefix("/v1"), forward, methods=["POST"], response_class=Response)
 
     def card(name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": started, "owned_by": "mball"}
+        parent = {"parent": adapters[name]} if name in adapters else {}
+        return {"id": name, "object": "model", "created": started, "owned_by": "mball", **parent}
+
+    def names() -> list[str]:
+        return [*manager.names(), *adapters]
 
     @router.get("/models")
     async def models(request: Request) -> dict[str, Any]:
-        names = filter(request.state.key.may_use, manager.names())
-        return {"object": "list", "data": [card(name) for name in names]}
+        return {"object": "list", "data": [card(name) for name in names() if request.state.key.may_use(name)]}
 
     @router.get("/models/{name:path}")
     async def model(name: str, request: Request) -> dict[str, Any]:
-        if name not in manager.names() or not request.state.key.may_use(name):
+        if name not in names() or not request.state.key.may_use(name):
             raise UnknownModel(f"the model {name!r} is not served here (see GET /v1/models)", param="model")
         return card(name)
 
