@@ -6,17 +6,23 @@ import asyncio
 import dataclasses
 import errno
 import os
+import random
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import aiohttp
 import pytest
 
+from mball.errors import Unavailable, WorkerDied
 from mball.units import KiB, MiB
 from tests.memory.conftest import Running, model
 from tests.memory.test_swap_images import (
     ALWAYS,
+    ONE,
+    PLENTY,
     SLOT,
     SLOW,
     Begin,
@@ -24,6 +30,7 @@ from tests.memory.test_swap_images import (
     came_from,
     counters,
     events,
+    hosts,
     put_away,
     ready,
     relax,
@@ -252,3 +259,57 @@ async def test_a_new_worker_gets_no_image_of_files_that_have_changed(begin: Begi
     await ready(running, "a")
     assert found.image is not None
     assert found.image.key == found.image_key
+
+
+async def test_shortage_kills_evictions_and_requests_at_once(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request is answered, the books are right, and in the end all is as if nothing had been."""
+    chance = random.Random(5)
+    quick = dataclasses.replace(SLOW, promote_s=0.01)
+    names = [f"m{number}" for number in range(5)]
+    policy = dataclasses.replace(ALWAYS, hold_s=0.0, hurry_s=2.0, start_attempts=1000, backoff_s=0.01)
+    running = await begin(*(model(name, quick) for name in names), policy=policy, dram_bytes=2 * ONE)
+    found, disk = service(running).store, service(running).store.slots.disk
+    preadv = disk.preadv
+
+    def sometimes(parts: Sequence[memoryview], at: int) -> int:
+        if chance.random() < 0.3:
+            raise OSError(errno.EIO, "it is broken")
+        return preadv(parts, at)
+
+    monkeypatch.setattr(disk, "preadv", sometimes)
+    answered, over = [0], asyncio.Event()
+
+    async def client(number: int) -> None:
+        choice = random.Random(number)
+        while not over.is_set():
+            name = choice.choice(names)
+            try:
+                assert await running.ask(name) == f"{name} 1 2 3 "
+                answered[0] += 1
+            except (WorkerDied, Unavailable, aiohttp.ClientError):
+                await asyncio.sleep(0.05)  # its worker was killed
+
+    clients = [asyncio.create_task(client(number)) for number in range(3)]
+    for _ in range(60):
+        await asyncio.sleep(0.1)
+        hosts[running][0] = chance.choice([0, PLENTY, PLENTY])
+        if chance.random() < 0.2:
+            key = running.manager._models[chance.choice(names)].image_key
+            if key is not None:
+                found.drop(key)
+        pid = running.state(chance.choice(names))["pid"]
+        if pid is not None and chance.random() < 0.1:
+            os.kill(pid, signal.SIGKILL)
+        assert running.manager.snapshot()["books_wrong"] == []
+    over.set()
+    async with asyncio.timeout(120):
+        await asyncio.gather(*clients)
+    assert answered[0] > 20
+    assert counters(running)["writes"] > 0
+    monkeypatch.setattr(disk, "preadv", preadv)
+    for name in names:
+        assert await running.ask(name) == f"{name} 1 2 3 "
+    await relax(running)
+    state = running.manager.snapshot()
+    assert state["books_wrong"] == []
+    assert not [event for event in events(running, "failed") if "swap store holds" in event["reason"]]

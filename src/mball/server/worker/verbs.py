@@ -157,9 +157,7 @@ class Verbs:
             answer: Message = {}
             match message.get("state"):
                 case "ready":
-                    key = await in_thread(self._service.engine.image_key)
-                    if (wanted := message.get("key")) is not None and (key is None or key.hex() != wanted):
-                        raise TransitionError("image: the model's files are others than those that it was made of")
+                    await self._check_files(message.get("key"))
                 case "empty":
                     answer = await self._fill(fd)
                 case state:
@@ -170,6 +168,14 @@ class Verbs:
             return answer
         finally:
             os.close(fd)
+
+    async def _check_files(self, made_of: str | None) -> None:
+        """Raises TransitionError."""
+        if made_of is None:
+            return
+        key = await in_thread(self._service.engine.image_key)
+        if key is None or key.hex() != made_of:
+            raise TransitionError("image: the model's files are others than those that it was made of")
 
     async def _fill(self, fd: int) -> Message:
         """`key` names what is in it; None where the files changed meanwhile."""
