@@ -200,6 +200,42 @@ def test_more_than_the_queue_takes_is_dropped_at_once(bed_for: BedFor, store: Sw
     assert bed.done().whole
 
 
+def test_a_job_larger_than_the_queue_is_taken_where_nothing_waits(
+    bed_for: BedFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_tier, "_LEAST_PIECE", 3)
+    monkeypatch.setattr(row_tier, "_PIECE_BYTES", 1)
+    bed = bed_for(queue_bytes=1)
+    keys = chain("a", 8)
+    assert bed.keep(keys).whole
+    assert bed.looked(keys) == [True] * 8
+
+
+def test_a_job_that_waited_too_long_is_not_done(bed_for: BedFor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_tier, "JOB_S", 0.0)
+    bed = bed_for()
+    keys = chain("a", 4)
+    assert bed.keep(keys) == Done(0, False, ())
+    assert bed.tier.counts()["dropped_blocks"] == 4
+    assert bed.looked(keys) == [False] * 4
+
+
+def test_what_continues_another_goes_before_it(bed_for: BedFor, store: SwapStore) -> None:
+    """An engine says in any order what is to be kept; its lookups were in the order of the prompt."""
+    keys = chain("a", 6)
+    bed = bed_for()
+    assert bed.looked(keys, user="r") == [False] * 6
+    bed.fill(keys)
+    mixed = [3, 0, 5, 2, 4, 1]
+    bed.tier.store(1, [keys[number] for number in mixed], mixed, "r")
+    assert bed.done() == Done(1, True, tuple(keys))
+    parents = [store._book.entries[digest(key)].parent for key in keys]
+    assert parents == [None, *(digest(key) for key in keys[:-1])]
+    bed.tier.forget("r")
+    assert bed.looked(keys) == [True] * 6
+    assert bed.back(keys).whole
+
+
 def test_a_store_that_does_not_answer_holds_nobody_up(
     bed_for: BedFor, store: SwapStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

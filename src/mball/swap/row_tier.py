@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,8 +30,8 @@ from mball.units import MiB
 
 LOOKUP_S = 2.0
 """An answer that takes longer is none."""
-LOAD_S = 10.0
-"""After so long nothing more of a load is read."""
+JOB_S = 10.0
+"""After so long nothing more of a job is read or written."""
 HANG_S = 30.0
 """A piece that takes so long will not end: the store is used no more."""
 _THREADS = 8
@@ -60,19 +60,22 @@ class _Looked:
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """`live` until it is told as done: its rows are the engine's again from then on."""
+    """`live` until it is told as done: its rows are the engine's again from then on. Nothing more is begun after
+    `ends_s`. `parents`: which keys continue which."""
 
     number: int
     keys: Sequence[bytes]
     rows: Sequence[int]
+    ends_s: float
+    parents: Mapping[bytes, bytes] = field(default_factory=dict)
     live: bool = True
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class RowTier:
     """`model` is a SHA-256 over all that the blocks' bytes depend on beside their keys; `saved_s` what bringing one
-    back is thought to save. At most `queue_bytes` wait to be written. One thread calls; `use_store` and `counts` are
-    anyone's."""
+    back is thought to save. At most `queue_bytes` wait to be written, or one job. One thread calls; `use_store` and
+    `counts` are anyone's."""
 
     def __init__(
         self,
@@ -88,13 +91,15 @@ class RowTier:
         self._row = row
         self._model = model
         self._row_bytes = row_bytes
-        self._most_waiting = max(1, queue_bytes // row_bytes)
+        self._most_waiting = queue_bytes // row_bytes
+        self._piece = max(_LEAST_PIECE, _PIECE_BYTES // row_bytes)
         self._saved_s = saved_s
         self._clock = clock
         self._store: BlockStore | None = None
         self._counters = Counters()
         self._looked: dict[bytes, _Looked] = {}
-        self._by_user: dict[Hashable, set[bytes]] = {}
+        self._by_user: dict[Hashable, dict[bytes, None]] = {}
+        """In the order in which it asked."""
         self._to_find: dict[Hashable, list[bytes]] = {}
         self._changed = threading.Condition()
         """Of the store, what was looked for, and the jobs."""
@@ -125,7 +130,7 @@ class RowTier:
                 looked = self._looked[key] = _Looked(self._clock(), set())
                 self._to_find.setdefault((user, group), []).append(key)
             looked.users.add(user)
-            self._by_user.setdefault(user, set()).add(key)
+            self._by_user.setdefault(user, {})[key] = None
             if not looked.answered and self._clock() - looked.asked_s > LOOKUP_S:
                 looked.answered = True
                 self._counters.add("late_lookups")
@@ -142,7 +147,7 @@ class RowTier:
     def forget(self, user: Hashable) -> None:
         """It asks no more."""
         with self._changed:
-            for key in self._by_user.pop(user, ()):
+            for key in self._by_user.pop(user, {}):
                 looked = self._looked[key]
                 looked.users.discard(user)
                 if not looked.users:
@@ -150,18 +155,22 @@ class RowTier:
 
     def load(self, number: int, keys: Sequence[bytes], rows: Sequence[int]) -> None:
         """Blocks that were found, into these rows, which are this job's until it is done."""
-        self._begin(self._reads, self._load, _Job(number, keys, rows), self._clock() + LOAD_S)
+        self._begin(self._reads, self._load, _Job(number, keys, rows, self._clock() + JOB_S))
 
-    def store(self, number: int, keys: Sequence[bytes], rows: Sequence[int]) -> None:
+    def store(self, number: int, keys: Sequence[bytes], rows: Sequence[int], user: Hashable = None) -> None:
         """These rows' blocks are to be kept. They don't change until the job is done; where too much waits already it
-        is done at once, and nothing kept."""
-        job = _Job(number, keys, rows)
+        is done at once, and nothing kept. In the order in which `user` asked for them each continues the one before."""
         with self._changed:
-            takes = self._store is not None and self._waiting + len(keys) <= self._most_waiting
+            order = {key: place for place, key in enumerate(self._by_user.get(user, {}))}
+            takes = self._store is not None and (not self._waiting or self._waiting + len(keys) <= self._most_waiting)
             if takes:
                 self._waiting += len(keys)
+        pairs = sorted(zip(keys, rows, strict=True), key=lambda pair: order.get(pair[0], len(order)))
+        asked = list(order)
+        parents = {key: asked[place - 1] for key, place in order.items() if place}
+        job = _Job(number, [key for key, _ in pairs], [row for _, row in pairs], self._clock() + JOB_S, parents)
         if takes:
-            self._begin(self._writes, self._write, job, None)
+            self._begin(self._writes, self._write, job)
             return
         self._counters.add("dropped_blocks", len(keys))
         with self._changed:
@@ -215,10 +224,10 @@ class RowTier:
         last = store.find(rest[::-1], self._model) if rest else []
         return [*first, *[None] * (len(names) - len(first) - len(last)), *reversed(last)]
 
-    def _begin(self, lane: Lane, act: Callable[[_Job, float | None], None], job: _Job, ends: float | None) -> None:
+    def _begin(self, lane: Lane, act: Callable[[_Job], None], job: _Job) -> None:
         with self._changed:
             self._jobs.add(job)
-        if not lane.put(functools.partial(act, job, ends)):
+        if not lane.put(functools.partial(act, job)):
             self._end(job, ())
 
     def _end(self, job: _Job, good: Sequence[bytes]) -> None:
@@ -231,10 +240,10 @@ class RowTier:
                 self._done.append(Done(job.number, len(good) == len(job.keys), tuple(good)))
             self._changed.notify_all()
 
-    def _load(self, job: _Job, ends: float | None) -> None:
+    def _load(self, job: _Job) -> None:
         good: list[bytes] = []
         try:
-            self._read(job, good, ends)
+            self._read(job, good)
         except (MballError, OSError) as error:
             self._failed(error)
         finally:
@@ -248,18 +257,17 @@ class RowTier:
                 if (looked := self._looked.get(key)) is not None:
                     looked.answered, looked.place = True, None
 
-    def _read(self, job: _Job, good: list[bytes], ends: float | None) -> None:
+    def _read(self, job: _Job, good: list[bytes]) -> None:
         with self._changed:
             store = self._store
             found = [self._looked.get(key) for key in job.keys]
             places = [None if looked is None else looked.place for looked in found]
         there = [(place, at) for at, place in enumerate(places) if place is not None]
-        piece = max(_LEAST_PIECE, _PIECE_BYTES // self._row_bytes)
-        for first in range(0, len(there), piece):
-            if store is None or not job.live or (ends is not None and self._clock() > ends):
+        for first in range(0, len(there), self._piece):
+            if store is None or not self._goes_on(job):
                 self._counters.add("late_blocks", len(there) - first)
                 return
-            part = there[first : first + piece]
+            part = there[first : first + self._piece]
 
             def read(number: int, store: BlockStore = store, part: list[tuple[Place, int]] = part) -> int:
                 place, at = part[number]
@@ -277,29 +285,42 @@ class RowTier:
             self._counters.add("loaded_blocks", len(part) - len(misses))
             good += [job.keys[at] for number, (_, at) in enumerate(part) if number not in misses]
 
-    def _write(self, job: _Job, _: float | None) -> None:
+    def _write(self, job: _Job) -> None:
         good: list[bytes] = []
+        at, count, store = 0, len(job.keys), self._store
         try:
-            store = self._store
-            if store is not None and job.live:
-                wants = [self._want(key) for key in job.keys]
-                written = write_blocks(store, wants, lambda number: self._row(job.rows[number]), self._run)
-                self._counters.add("stored_blocks", written.entries)
-                self._counters.add("refused_blocks", written.refused)
-                good = [key for number, key in enumerate(job.keys) if number not in written.lost]
+            while at < count and store is not None and self._goes_on(job):
+                numbers = range(at, min(at + self._piece, count))
+                good += self._write_piece(store, job, numbers)
+                at = numbers.stop
+            self._counters.add("dropped_blocks", count - at)
         except SwapRefused:
-            self._counters.add("refused_blocks", len(job.keys))
+            self._counters.add("refused_blocks", count - at)
         except (MballError, OSError) as error:
             self._failed(error)
         finally:
             with self._changed:
-                self._waiting -= len(job.keys)
+                self._waiting -= count
             self._end(job, good)
 
-    def _want(self, key: bytes) -> Want:
+    def _write_piece(self, store: BlockStore, job: _Job, numbers: range) -> list[bytes]:
+        """Those that are there now. Raises SwapRefused where none may be."""
+        wants = [self._want(job, number) for number in numbers]
+        written = write_blocks(store, wants, lambda at: self._row(job.rows[numbers[at]]), self._run)
+        self._counters.add("stored_blocks", written.entries)
+        self._counters.add("refused_blocks", written.refused)
+        return [job.keys[number] for at, number in enumerate(numbers) if at not in written.lost]
+
+    def _goes_on(self, job: _Job) -> bool:
+        return job.live and self._clock() < job.ends_s
+
+    def _want(self, job: _Job, number: int) -> Want:
         now_s = time.time()
         rate = Worth(self._saved_s, 1.0, now_s).rate(now_s)
-        return Want(Kind.BLOCK, digest(key), self._model, self._row_bytes, self._saved_s, rate)
+        key = job.keys[number]
+        parent = job.parents.get(key)
+        above = None if parent is None else digest(parent)
+        return Want(Kind.BLOCK, digest(key), self._model, self._row_bytes, self._saved_s, rate, above)
 
     def _memory(self) -> memoryview:
         """This thread's own. Not the row: a read that hangs may still write there when the row is another's."""

@@ -17,7 +17,7 @@ from mball.swap.place import digest
 from mball.swap.row_tier import RowTier
 from mball.units import MiB
 
-QUEUE_BYTES = 256 * MiB
+QUEUE_BYTES = 512 * MiB
 """Of blocks that wait to be written: a sleep waits for them."""
 
 DRAIN_S = 35.0
@@ -56,7 +56,7 @@ class StoreTier(vllm_compat.tiering().tier):  # type: ignore[misc]
         return _TIERING.retry if found is None else _TIERING.hit if found else _TIERING.miss
 
     def submit_store(self, job: Any) -> None:
-        self._tier.store(job.job_id, list(job.keys), _TIERING.rows(job))
+        self._tier.store(job.job_id, list(job.keys), _TIERING.rows(job), job.req_context.req_id)
 
     def submit_load(self, job: Any) -> None:
         self._tier.load(job.job_id, list(job.keys), _TIERING.rows(job))
