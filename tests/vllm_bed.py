@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 
+from mball.memory.control import Message
 from mball.memory.events import Events
 from mball.memory.process import WorkerProcess
 from mball.memory.settings import Settings
@@ -29,8 +30,11 @@ DEADLINE_S = 60.0
 
 @dataclass
 class Bed:
+    """`answering` cleared: the manager's side answers no more."""
+
     worker: WorkerProcess
     service: SwapService
+    answering: asyncio.Event
     epoch: int = 0
 
     async def ask(self, prompt: str | list[int], salt: str | None = None) -> tuple[str, int]:
@@ -71,6 +75,13 @@ async def bed(folder: Path, spec: WorkerSpec, size_bytes: int) -> AsyncIterator[
     assert await keeper.open()
     assert keeper.service is not None
     broker = SwapBroker(keeper, 30.0)
+    answers, answering = broker.answers("w"), asyncio.Event()
+    answering.set()
+
+    async def answer(message: Message) -> Message:
+        await answering.wait()
+        return await answers(message)
+
     try:
         worker, _ = await WorkerProcess.start(
             [str(vllm_python()), "-m", "mball.server.worker.vllm_process"],
@@ -78,11 +89,11 @@ async def bed(folder: Path, spec: WorkerSpec, size_bytes: int) -> AsyncIterator[
             extra_environment={"PYTHONPATH": search_path(folder / "path")},
             log=folder / "vllm.log",
             settings=Settings(start_s=400),
-            answer=broker.answers("w"),
+            answer=answer,
         )
         try:
             await broker.introduce(worker)
-            yield Bed(worker, keeper.service)
+            yield Bed(worker, keeper.service, answering)
         finally:
             await worker.stop(Settings(verb_s=20))
             broker.gone("w")

@@ -79,3 +79,8 @@ async def test_kv_goes_to_the_store_and_comes_back(tmp_path: Path) -> None:
         await second.service.close(10)
         await second.forgets()
         assert (await second.ask(PROMPT, "a fourth"))[0] == text
+
+        # A manager that does not answer.
+        second.answering.clear()
+        assert (await second.ask(PROMPT, "a fifth"))[0] == text
+        assert (await second.counts())["late_lookups"] >= 1
