@@ -77,7 +77,7 @@ async def test_a_key_comes_as_openai_s_clients_or_as_anthropic_s_send_it(gateway
 
 async def test_moving_models_takes_an_operator_s_key(gateway: Start) -> None:
     running = await gateway(model("a"), api_keys=KEYS)
-    for path in ("/mball/v1/state", "/mball/v1/models/a", "/mball/v1/nothing"):
+    for path in ("/mball/v1/state", "/mball/v1/models/a", "/mball/v1/nothing", "/metrics"):
         async with running.http.get(running.url + path, headers=bearer(USER)) as response:
             assert response.status == 403
             assert (await error_of(response))["code"] == "forbidden"

@@ -23,6 +23,7 @@ PUBLIC_PATHS = frozenset({"/health", "/ready"})
 """Open to everybody: a probe of an orchestrator has no key, and learns nothing of the models."""
 
 ADMIN_PREFIX = "/mball/"
+_ADMIN_PATHS = frozenset({"/metrics"})
 _PREFIX = "mb-"
 _MINUTE_S = 60.0
 
@@ -126,7 +127,7 @@ class Access:
         key = self._find(headers)
         if key is None:
             raise Unauthorized("no valid API key: send it as `Authorization: Bearer KEY` (`mball keys new` makes one)")
-        if path.startswith(ADMIN_PREFIX) and not key.admin:
+        if (path.startswith(ADMIN_PREFIX) or path in _ADMIN_PATHS) and not key.admin:
             raise Forbidden(f"the key {key.name!r} may not administer the server; one with `admin: true` may")
         return key
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from mball.server import http
 from mball.server.config import Config
 from mball.server.gateway import admin
 from mball.server.gateway.access import Access, Key, Limits
+from mball.server.gateway.metrics import CONTENT_TYPE, Metrics
 from mball.server.gateway.proxy import Forward, Workers
 from mball.server.gateway.requests import read_call
 
@@ -29,22 +31,27 @@ FORWARDED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 def create_app(manager: Manager, config: Config) -> FastAPI:
     """The gateway over a manager, which starts and closes with the app."""
     workers = Workers()
+    metrics = Metrics(manager, [*manager.names(), *manager.adapters()])
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        following = asyncio.create_task(metrics.follow(), name="metrics")
         try:
             await manager.start()
             yield
         finally:
             await manager.close(config.drain_timeout_s)
             await workers.close()
+            following.cancel()
+            await asyncio.wait({following})
 
     app = FastAPI(title="MBALL", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_exception_handler(MballError, http.on_mball_error)
     app.add_exception_handler(HTTPException, http.on_http_error)
     app.add_exception_handler(Exception, http.on_unexpected)
-    app.include_router(_openai(manager, workers, config))
+    app.include_router(_openai(manager, workers, config, metrics))
     app.include_router(_probes(manager))
+    app.include_router(_metrics(metrics))
     app.include_router(admin.router(manager))
     app.add_middleware(Access, keys=_keys(config))
     return app
@@ -63,7 +70,7 @@ def _keys(config: Config) -> list[Key]:
     ]
 
 
-def _openai(manager: Manager, workers: Workers, config: Config) -> APIRouter:
+def _openai(manager: Manager, workers: Workers, config: Config, metrics: Metrics) -> APIRouter:
     router = APIRouter(prefix="/v1")
     started = int(time.time())
     adapters = manager.adapters()
@@ -79,6 +86,7 @@ def _openai(manager: Manager, workers: Workers, config: Config) -> APIRouter:
             request.url.path,
             manager,
             workers,
+            metrics.request(call.model),
             queue_timeout_s=config.queue_timeout_s,
             timeout_s=config.request_timeout_s,
         )
@@ -102,6 +110,16 @@ def _openai(manager: Manager, workers: Workers, config: Config) -> APIRouter:
         if name not in names() or not request.state.key.may_use(name):
             raise UnknownModel(f"the model {name!r} is not served here (see GET /v1/models)", param="model")
         return card(name)
+
+    return router
+
+
+def _metrics(metrics: Metrics) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/metrics", response_class=Response)
+    async def scrape() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
 
     return router
 

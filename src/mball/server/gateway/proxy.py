@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import io
 import json
+from collections import OrderedDict
 
 import aiohttp
 import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mball.errors import MballError, Unavailable
+from mball.errors import MballError, RequestError, Unavailable
 from mball.memory.manager import Manager
 from mball.server.gateway.access import Key
+from mball.server.gateway.metrics import CLIENT_LEFT, TAIL_BYTES, Request
 from mball.server.gateway.requests import Call
 from mball.server.http import ClientLeft, error_body, unless_disconnected
 
@@ -22,29 +23,35 @@ _log = structlog.get_logger(__name__)
 _FORWARDED_HEADERS = ("content-type", "content-length", "cache-control", "retry-after")
 _DONE = b"data: [DONE]\n\n"
 _CONNECT_TIMEOUT_S = 10.0
+_SESSIONS = 2
 
 
 class Workers:
-    """HTTP sessions to the workers' unix sockets, one per socket."""
+    """HTTP sessions to the workers' unix sockets: of each model the last two, as a request may still be on its way to
+    the worker before."""
 
     def __init__(self) -> None:
-        self._sessions: dict[str, aiohttp.ClientSession] = {}
+        self._sessions: dict[str, OrderedDict[str, aiohttp.ClientSession]] = {}
 
-    def session(self, socket_path: str) -> aiohttp.ClientSession:
-        session = self._sessions.get(socket_path)
-        if session is None:
-            # A worker's answer may take as long as the request may; the request's own deadline bounds it.
-            session = self._sessions[socket_path] = aiohttp.ClientSession(
-                connector=aiohttp.UnixConnector(socket_path, limit=0),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
-                auto_decompress=False,
-            )
+    async def session(self, model: str, socket_path: str) -> aiohttp.ClientSession:
+        sessions = self._sessions.setdefault(model, OrderedDict())
+        if (session := sessions.get(socket_path)) is not None:
+            sessions.move_to_end(socket_path)
+            return session
+        # A worker's answer may take as long as the request may; the request's own deadline bounds it.
+        session = sessions[socket_path] = aiohttp.ClientSession(
+            connector=aiohttp.UnixConnector(socket_path, limit=0),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
+            auto_decompress=False,
+        )
+        if len(sessions) > _SESSIONS:
+            await sessions.popitem(last=False)[1].close()
         return session
 
     async def close(self) -> None:
-        sessions, self._sessions = list(self._sessions.values()), {}
-        for session in sessions:
-            await session.close()
+        for sessions in self._sessions.values():
+            while sessions:
+                await sessions.popitem()[1].close()
 
 
 class Forward(Response):
@@ -62,6 +69,7 @@ class Forward(Response):
         path: str,
         manager: Manager,
         workers: Workers,
+        measured: Request,
         *,
         queue_timeout_s: float,
         timeout_s: float,
@@ -72,16 +80,26 @@ class Forward(Response):
         self._path = path
         self._manager = manager
         self._workers = workers
+        self._measured = measured
         self._queue_timeout_s = queue_timeout_s
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(ClientLeft):
+        answer = _Answer(send, self._call.stream, self._measured)
+        code = 500
+        try:
             async with self._key.request():
-                await unless_disconnected(self._serve(send), receive)
+                await unless_disconnected(self._serve(answer), receive)
+            code = answer.code
+        except ClientLeft:
+            code = CLIENT_LEFT
+        except RequestError as error:
+            code = error.status
+            raise
+        finally:
+            self._measured.end(code, answer.tail)
 
-    async def _serve(self, send: Send) -> None:
-        answer = _Answer(send, self._call.stream)
+    async def _serve(self, answer: _Answer) -> None:
         try:
             async with asyncio.timeout(self._timeout_s):
                 while not await self._hand_over(answer):
@@ -97,7 +115,8 @@ class Forward(Response):
     async def _hand_over(self, answer: _Answer) -> bool:
         """Whether a worker took the request. False once one that could not be reached is known to have ended."""
         async with self._manager.admit(self._call.model, deadline_s=self._queue_timeout_s) as ticket:
-            session = self._workers.session(ticket.socket_path)
+            self._measured.admitted()
+            session = await self._workers.session(self._call.model, ticket.socket_path)
             # A BytesIO is written piece by piece, where bytes would be one write however many they are.
             data = io.BytesIO(self._call.body)
             headers = {"content-type": "application/json"}
@@ -115,33 +134,39 @@ class Forward(Response):
 
 
 class _Answer:
-    """The client's side of one answer: exactly one outcome."""
+    """The client's side of one answer: exactly one outcome. `code`: its status, 503 where it was cut off; `tail`: its
+    last bytes."""
 
-    def __init__(self, send: Send, stream: bool) -> None:
+    def __init__(self, send: Send, stream: bool, measured: Request) -> None:
+        self.code = 503
+        self.tail = b""
         self._send = send
         self._stream = stream
+        self._measured = measured
         self._started = False
-        self._end = b""
 
     async def relay(self, upstream: aiohttp.ClientResponse) -> None:
         headers = [(k.encode(), upstream.headers[k].encode()) for k in _FORWARDED_HEADERS if k in upstream.headers]
         chunks = upstream.content.iter_any()
         first = await anext(chunks, b"")
+        self._measured.first()
         await self._send({"type": "http.response.start", "status": upstream.status, "headers": headers})
         self._started = True
         await self._send({"type": "http.response.body", "body": first, "more_body": True})
-        self._end = first[-len(_DONE) :]
+        self.tail = first[-TAIL_BYTES:]
         async for chunk in chunks:
-            self._end = (self._end + chunk)[-len(_DONE) :]
+            self.tail = (self.tail + chunk)[-TAIL_BYTES:]
             await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
         await self._send({"type": "http.response.body", "body": b""})
+        self.code = upstream.status
 
     async def fail(self, error: MballError) -> None:
         """An error response where nothing was sent; else an error event where it is a stream, and the end."""
         if not self._started:
             raise error
-        if self._stream and self._end == _DONE:
+        if self._stream and self.tail.endswith(_DONE):
             # It was whole: its worker ended between the last event and the end of the body.
+            self.code = 200
             await self._send({"type": "http.response.body", "body": b""})
         elif self._stream:
             event = f"data: {json.dumps(error_body(error))}\n\n".encode()
