@@ -223,6 +223,11 @@ class Config(BaseSettings):
     max_queue: int = Field(default=1024, ge=1, description="Requests that may wait for their models, in all.")
     queue_timeout_s: Seconds = Field(default=600.0, description="How long a request may wait for its model.")
     request_timeout_s: Seconds = Field(default=3600.0, description="How long a request may take in all.")
+    sse_keepalive_s: Seconds | None = Field(
+        default=15.0,
+        description="How often a stream that waits for its model gets a comment, so that nobody between gives it up; "
+        "from the first one on errors are events. null: never.",
+    )
     start_timeout_s: Seconds = Field(default=300.0, description="How long a worker may take to start.")
     zygote: bool = Field(
         default=True, description="Fork workers from a process that has done their imports: seconds less a start."

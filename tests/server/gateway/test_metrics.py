@@ -13,6 +13,7 @@ from tests.fake_worker import Knobs
 from tests.memory.conftest import model
 from tests.server.gateway.conftest import Gateway, Start
 
+_REQUESTS = "mball:requests_total"
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
@@ -23,6 +24,15 @@ async def scrape(gateway: Gateway) -> Samples:
         text = await answer.text()
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
     return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value for sample in samples}
+
+
+async def ended(gateway: Gateway, count: int) -> Samples:
+    """Once so many requests have: the last bytes are with the client a moment before."""
+    async with asyncio.timeout(30):
+        while True:
+            found = await scrape(gateway)
+            if sum(value for (name, _), value in found.items() if name == _REQUESTS) >= count:
+                return found
 
 
 def at(samples: Samples, name: str, **labels: str) -> float:
@@ -42,9 +52,9 @@ async def test_requests_are_counted_by_how_they_ended(gateway: Start) -> None:
     assert await ask(running, "a", stream=True, stream_options={"include_usage": True}) == 200
     assert await ask(running, "nobody\nserves{this}") == 404
     assert await ask(running, "another that is not there") == 404
-    found = await scrape(running)
-    assert at(found, "mball:requests_total", model_name="a", code="200") == 2
-    assert at(found, "mball:requests_total", model_name="", code="404") == 2
+    found = await ended(running, 4)
+    assert at(found, _REQUESTS, model_name="a", code="200") == 2
+    assert at(found, _REQUESTS, model_name="", code="404") == 2
     assert {dict(labels).get("model_name", "") for _, labels in found} == {"", "a", "b"}, "no label that a client made"
     for name in ("e2e_request_latency_seconds", "time_to_first_token_seconds", "request_queue_time_seconds"):
         assert at(found, f"mball:{name}_count", model_name="a") == 2
@@ -58,9 +68,7 @@ async def test_a_client_that_leaves_is_counted_as_that(gateway: Start) -> None:
     with pytest.raises(asyncio.TimeoutError):
         async with asyncio.timeout(2):
             await ask(running, "a")
-    async with asyncio.timeout(30):
-        while not at(await scrape(running), "mball:requests_total", model_name="a", code="499"):
-            pass
+    assert at(await ended(running, 1), _REQUESTS, model_name="a", code="499") == 1
 
 
 async def test_the_ladder_is_shown(gateway: Start) -> None:

@@ -89,6 +89,7 @@ def _openai(manager: Manager, workers: Workers, config: Config, metrics: Metrics
             metrics.request(call.model),
             queue_timeout_s=config.queue_timeout_s,
             timeout_s=config.request_timeout_s,
+            keepalive_s=config.sse_keepalive_s,
         )
 
     for path in FORWARDED_PATHS:

@@ -6,6 +6,8 @@ import asyncio
 import io
 import json
 from collections import OrderedDict
+from collections.abc import AsyncIterator
+from typing import Any
 
 import aiohttp
 import structlog
@@ -14,16 +16,21 @@ from starlette.types import Receive, Scope, Send
 
 from mball.errors import MballError, RequestError, Unavailable
 from mball.memory.manager import Manager
+from mball.server import http
 from mball.server.gateway.access import Key
 from mball.server.gateway.metrics import CLIENT_LEFT, TAIL_BYTES, Request
 from mball.server.gateway.requests import Call
 from mball.server.http import ClientLeft, error_body, unless_disconnected
 
+Headers = list[tuple[bytes, bytes]]
+
 _log = structlog.get_logger(__name__)
 _FORWARDED_HEADERS = ("content-type", "content-length", "cache-control", "retry-after")
 _DONE = b"data: [DONE]\n\n"
+_EVENTS: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 _CONNECT_TIMEOUT_S = 10.0
 _SESSIONS = 2
+_MOST_OF_AN_ERROR = 64 * 1024
 
 
 class Workers:
@@ -73,7 +80,9 @@ class Forward(Response):
         *,
         queue_timeout_s: float,
         timeout_s: float,
+        keepalive_s: float | None,
     ) -> None:
+        """`keepalive_s`: how often a stream that waits says so, from then on with a 200 (None: never)."""
         super().__init__()
         self._call = call
         self._key = key
@@ -83,13 +92,14 @@ class Forward(Response):
         self._measured = measured
         self._queue_timeout_s = queue_timeout_s
         self._timeout_s = timeout_s
+        self._keepalive_s = keepalive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = _Answer(send, self._call.stream, self._measured)
         code = 500
         try:
             async with self._key.request():
-                await unless_disconnected(self._serve(answer), receive)
+                await unless_disconnected(self._serve_alive(answer), receive)
             code = answer.code
         except ClientLeft:
             code = CLIENT_LEFT
@@ -98,6 +108,17 @@ class Forward(Response):
             raise
         finally:
             self._measured.end(code, answer.tail)
+
+    async def _serve_alive(self, answer: _Answer) -> None:
+        if self._keepalive_s is None or not self._call.stream:
+            await self._serve(answer)
+            return
+        comments = asyncio.create_task(answer.keep_alive(self._call.model, self._keepalive_s), name="keep-alive")
+        try:
+            await self._serve(answer)
+        finally:
+            comments.cancel()
+            await asyncio.wait({comments})
 
     async def _serve(self, answer: _Answer) -> None:
         try:
@@ -111,6 +132,8 @@ class Forward(Response):
             _log.warning("worker lost", model=self._call.model, error=repr(error))
             lost = f"{self._call.model}: its worker ended while it answered; try again"
             await answer.fail(Unavailable(lost, retry_after_s=self._manager.retry_after_s(self._call.model)))
+        except MballError as error:
+            await answer.fail(error)
 
     async def _hand_over(self, answer: _Answer) -> bool:
         """Whether a worker took the request. False once one that could not be reached is known to have ended."""
@@ -144,14 +167,35 @@ class _Answer:
         self._stream = stream
         self._measured = measured
         self._started = False
+        self._arrived = asyncio.Event()
+
+    async def keep_alive(self, model: str, every_s: float) -> None:
+        """Comments, which clients pass over and proxies see, until the worker's first bytes are there."""
+        while True:
+            try:
+                async with asyncio.timeout(every_s):
+                    await self._arrived.wait()
+                return
+            except TimeoutError:
+                await self._start(200, _EVENTS)
+                comment = f": {json.dumps(model)} is being brought in, or at the prompt\n\n".encode()
+                await self._send({"type": "http.response.body", "body": comment, "more_body": True})
+
+    async def _start(self, status: int, headers: Headers) -> None:
+        if not self._started:
+            self._started = True
+            await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def relay(self, upstream: aiohttp.ClientResponse) -> None:
         headers = [(k.encode(), upstream.headers[k].encode()) for k in _FORWARDED_HEADERS if k in upstream.headers]
         chunks = upstream.content.iter_any()
         first = await anext(chunks, b"")
+        self._arrived.set()
         self._measured.first()
-        await self._send({"type": "http.response.start", "status": upstream.status, "headers": headers})
-        self._started = True
+        if self._started and upstream.status != 200:
+            await self._refused(upstream.status, first, chunks)
+            return
+        await self._start(upstream.status, headers)
         await self._send({"type": "http.response.body", "body": first, "more_body": True})
         self.tail = first[-TAIL_BYTES:]
         async for chunk in chunks:
@@ -160,17 +204,33 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": b""})
         self.code = upstream.status
 
+    async def _refused(self, status: int, body: bytes, chunks: AsyncIterator[bytes]) -> None:
+        """A worker's error after a 200: the last event."""
+        async for chunk in chunks:
+            body = (body + chunk)[:_MOST_OF_AN_ERROR]
+        try:
+            fields = http.parse_object(body)
+        except MballError:
+            fields = error_body(MballError(f"the worker answered with {status}"))
+        await self._send({"type": "http.response.body", "body": _event(fields)})
+        self.code = status
+
     async def fail(self, error: MballError) -> None:
         """An error response where nothing was sent; else an error event where it is a stream, and the end."""
         if not self._started:
             raise error
+        self._arrived.set()
+        self.code = error.status if isinstance(error, RequestError) else 500
         if self._stream and self.tail.endswith(_DONE):
             # It was whole: its worker ended between the last event and the end of the body.
             self.code = 200
             await self._send({"type": "http.response.body", "body": b""})
         elif self._stream:
-            event = f"data: {json.dumps(error_body(error))}\n\n".encode()
-            await self._send({"type": "http.response.body", "body": event})
+            await self._send({"type": "http.response.body", "body": _event(error_body(error))})
         else:
             # A body cut short of its content-length: the connection closes and the client sees it.
             raise ConnectionAbortedError(str(error))
+
+
+def _event(fields: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(fields)}\n\n".encode()
