@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
@@ -23,6 +24,7 @@ from mball.memory.manager import Manager
 from mball.server.catalog import build_manager
 from mball.server.config import Config
 from mball.server.gateway.app import create_app
+from mball.server.notify import Notifier
 
 _READY_TIMEOUT_S = 120.0
 _STOP_MARGIN_S = 30.0
@@ -31,11 +33,25 @@ _STOP_MARGIN_S = 30.0
 class _Server(uvicorn.Server):
     """On the first signal the waiting requests get their 503 and those under way go on; on the second all ends."""
 
-    def __init__(self, config: uvicorn.Config, manager: Manager) -> None:
+    def __init__(self, config: uvicorn.Config, manager: Manager, notifier: Notifier) -> None:
         super().__init__(config)
         self._manager = manager
+        self._notifier = notifier
+        self._alive: asyncio.Task[None] | None = None
+
+    async def main_loop(self) -> None:
+        self._notifier.ready()
+        self._alive = asyncio.create_task(self._notifier.stay_alive(), name="watchdog")
+        await super().main_loop()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self._alive is not None:
+            self._alive.cancel()
+            await asyncio.wait({self._alive})
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._notifier.stopping()
         self._manager.begin_drain()
         super().handle_exit(sig, frame)
 
@@ -56,6 +72,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def serve(config: Config, sock: socket.socket) -> None:
     """Serves until SIGTERM or SIGINT. Blocks; owns `sock`. Raises DeviceInUse, MballError."""
+    notifier = Notifier()
     with _runtime_dir(config) as runtime_dir:
         manager = build_manager(config, runtime_dir)
         manager.claim()
@@ -70,6 +87,7 @@ def serve(config: Config, sock: socket.socket) -> None:
                 h11_max_incomplete_event_size=64 * 1024,
             ),
             manager,
+            notifier,
         )
         try:
             server.run(sockets=[sock])
