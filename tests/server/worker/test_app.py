@@ -378,3 +378,42 @@ async def test_not_resident_error_is_itself(worker: Worker) -> None:
     worker.service.close_gate()
     with pytest.raises(NotResident):
         worker.service.check_open()
+
+
+async def test_tokens_of_a_prompt_and_of_a_conversation(worker: Worker, tokenizer: Tokenizer) -> None:
+    text = "hello <|im_start|> there"
+    for body, expected in (
+        ({"prompt": text}, tokenizer.encode(text, LIMIT)),
+        ({"prompt": text, "add_special_tokens": False}, tokenizer.encode(text, LIMIT, special=False)),
+        ({"messages": HELLO}, tokenizer.encode_chat(HELLO, LIMIT)),
+    ):
+        answer = await worker.http.post("/tokenize", json={"model": "echo", **body})
+        assert answer.status_code == 200
+        found = answer.json()
+        assert found["tokens"] == expected
+        assert found["count"] == len(expected)
+        assert found["token_strs"] is None
+        back = await worker.http.post("/detokenize", json={"model": "echo", "tokens": expected})
+        assert back.json() == {"prompt": tokenizer.text(expected)}
+    answer = await worker.http.post("/tokenize", json={"model": "echo", "prompt": "hello", "return_token_strs": True})
+    assert "".join(answer.json()["token_strs"]) == "hello"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": HELLO}, "prompt"),
+        ("/tokenize", {"messages": HELLO, "add_special_tokens": False}, "add_special_tokens"),
+        ("/tokenize", {"prompt": "\ud800"}, "prompt"),
+        ("/tokenize", {"prompt": 3}, "prompt"),
+        ("/detokenize", {"tokens": [1 << 40]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": "a"}, "tokens"),
+        ("/detokenize", {}, "tokens"),
+    ],
+)
+async def test_what_is_no_token_request_is_refused(worker: Worker, path: str, body: dict[str, Any], param: str) -> None:
+    answer = await worker.http.post(path, content=json.dumps({"model": "echo", **body}))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param

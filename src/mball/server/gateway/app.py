@@ -24,7 +24,7 @@ from mball.server.gateway.metrics import CONTENT_TYPE, Metrics
 from mball.server.gateway.proxy import Forward, Workers
 from mball.server.gateway.requests import read_call
 
-FORWARDED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+FORWARDED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize")
 """What reaches a worker; nothing else does."""
 
 
@@ -71,7 +71,7 @@ def _keys(config: Config) -> list[Key]:
 
 
 def _openai(manager: Manager, workers: Workers, config: Config, metrics: Metrics) -> APIRouter:
-    router = APIRouter(prefix="/v1")
+    router = APIRouter()
     started = int(time.time())
     adapters = manager.adapters()
 
@@ -93,7 +93,7 @@ def _openai(manager: Manager, workers: Workers, config: Config, metrics: Metrics
         )
 
     for path in FORWARDED_PATHS:
-        router.add_api_route(path.removeprefix("/v1"), forward, methods=["POST"], response_class=Response)
+        router.add_api_route(path, forward, methods=["POST"], response_class=Response)
 
     def card(name: str) -> dict[str, Any]:
         parent = {"parent": adapters[name]} if name in adapters else {}
@@ -102,11 +102,11 @@ def _openai(manager: Manager, workers: Workers, config: Config, metrics: Metrics
     def names() -> list[str]:
         return [*manager.names(), *adapters]
 
-    @router.get("/models")
+    @router.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         return {"object": "list", "data": [card(name) for name in names() if request.state.key.may_use(name)]}
 
-    @router.get("/models/{name:path}")
+    @router.get("/v1/models/{name:path}")
     async def model(name: str, request: Request) -> dict[str, Any]:
         if name not in names() or not request.state.key.may_use(name):
             raise UnknownModel(f"the model {name!r} is not served here (see GET /v1/models)", param="model")

@@ -1,4 +1,4 @@
-"""The worker's routes: OpenAI's three, and /health."""
+"""The worker's routes: OpenAI's three, tokens, and /health."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from mball.server.worker.generation import Job
 from mball.server.worker.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, SamplingRequest, parse
 from mball.server.worker.sampling import Wanted, sampling_params
 from mball.server.worker.service import Service
+from mball.server.worker.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from mball.units import MiB
 
 MAX_BODY_BYTES = 64 * MiB
@@ -40,6 +41,8 @@ def create_app(service: Service) -> Starlette:
             _post("/v1/chat/completions", service, _chat),
             _post("/v1/completions", service, _completions),
             _post("/v1/embeddings", service, _embeddings),
+            _post("/tokenize", service, _tokenize),
+            _post("/detokenize", service, _detokenize),
             Route("/health", lambda _: JSONResponse({"status": "ok", "resident": service.is_open})),
         ],
         exception_handlers={
@@ -131,3 +134,15 @@ async def _embeddings(service: Service, body: bytes) -> Response:
     request = parse(EmbeddingRequest, http.parse_object(body))
     service.check_model(request.model)
     return await answer_embeddings(service, engine, request)
+
+
+async def _tokenize(service: Service, body: bytes) -> Response:
+    request = parse(TokenizeRequest, http.parse_object(body))
+    service.check_model(request.model)
+    return await tokenize(service, request)
+
+
+async def _detokenize(service: Service, body: bytes) -> Response:
+    request = parse(DetokenizeRequest, http.parse_object(body))
+    service.check_model(request.model)
+    return await detokenize(service, request)

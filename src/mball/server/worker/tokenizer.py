@@ -61,16 +61,18 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size()
 
-    def encode(self, text: str, limit: int) -> Ids:
-        """A prompt's ids, with what the tokenizer itself puts around a text (BOS, [CLS] … [SEP]).
+    def encode(self, text: str, limit: int, *, special: bool = True) -> Ids:
+        """A prompt's ids, where `special` with what the tokenizer itself puts around a text (BOS, [CLS] … [SEP]).
 
         Raises InvalidRequest for a text of more than `limit` tokens; one that is far too long is not even tokenised.
         """
         self._check_length(text, limit)
         if not self._control.search(text):
-            return self._checked(self._backend.encode(text).ids, len(self._prefix) + len(self._suffix))
+            around = len(self._prefix) + len(self._suffix) if special else 0
+            return self._checked(self._backend.encode(text, add_special_tokens=special).ids, around)
         marks = _Marks(self._control)
-        return [*self._prefix, *self._encode_marked(marks.mark(text), marks), *self._suffix]
+        ids = self._encode_marked(marks.mark(text), marks)
+        return [*self._prefix, *ids, *self._suffix] if special else ids
 
     def encode_chat(self, messages: Sequence[Message], limit: int) -> Ids:
         """The ids of a conversation in the model's chat template, open for the assistant's turn.
@@ -129,6 +131,14 @@ class Tokenizer:
         if sum(id in self._never_typed for id in ids) > allowed:
             raise InvalidRequest("the text holds characters that this model's tokenizer reads as a control token")
         return ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        """All of it, control tokens too."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+
+    def strings(self, ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary writes them."""
+        return [self._backend.id_to_token(token) or "" for token in ids]
 
     def token_text(self, token_id: int) -> str:
         """The token alone; U+FFFD stands for bytes that are no whole character."""
