@@ -25,9 +25,9 @@ def settings(folder: Path, **others: Any) -> dict[str, Any]:
     return {"device_memory_bytes": "1GiB", "state_dir": str(folder / "state"), "swap": swap, **others}
 
 
-def ask(server: Running, model: str = A, **extra: Any) -> tuple[str, int]:
+def ask(server: Running, model: str = A, key: str = "none", **extra: Any) -> tuple[str, int]:
     """Its answer, and how many of the prompt's tokens were not computed for it."""
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=300) as client:
         answer = client.completions.create(model=model, prompt=PROMPT, max_tokens=8, temperature=0, extra_body=extra)
     assert answer.usage is not None
     assert answer.usage.prompt_tokens_details is not None

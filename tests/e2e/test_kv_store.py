@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+from mball.server.gateway.access import new_key
 from tests.e2e.conftest import Serve
 from tests.e2e.kv_server import BLOCK, A, B, ask, models, settings, state, store
 
@@ -48,6 +49,19 @@ def test_kv_of_a_worker_that_is_killed(serve: Serve, models_dir: Path, tmp_path:
         text, restored = ask(server)
         assert state(server)["pid"] != killed
         assert (text, restored) == (warm, cached)
+
+
+def test_keys_share_no_kv(serve: Serve, models_dir: Path, tmp_path: Path) -> None:
+    """How soon an answer comes tells one nothing of what another asked."""
+    keys = [new_key() for _ in range(2)]
+    entries = [{"name": f"key {number}", "sha256": sha256} for number, (_, sha256) in enumerate(keys)]
+    with serve(models(models_dir, A), **settings(tmp_path, api_keys=entries)) as server:
+        (first, _), (second, _) = keys
+        cold, cached = ask(server, key=first)
+        assert cached == 0
+        assert ask(server, key=second) == (cold, 0)
+        assert ask(server, key=second, cache_salt="of its own") == (cold, 0)
+        assert ask(server, key=first)[1] > 800
 
 
 def _flip(path: Path, slots_bytes: int) -> None:

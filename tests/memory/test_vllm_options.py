@@ -21,7 +21,8 @@ def given(**engine_args: Any) -> str:
 def test_what_mball_says() -> None:
     assert given() == (
         "--model /models/m --served-model-name m --load-format mball --max-num-seqs 4 --uds /run/m.sock "
-        "--kv-cache-memory-bytes 1073741824 --enable-sleep-mode --worker-cls mball.memory.vllm_cpu.SleepingCpuWorker"
+        "--kv-cache-memory-bytes 1073741824 --enable-sleep-mode "
+        "--middleware mball.server.worker.vllm_tenants.TenantSalt --worker-cls mball.memory.vllm_cpu.SleepingCpuWorker"
     )
 
 

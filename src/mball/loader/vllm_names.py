@@ -9,6 +9,7 @@ CPU_WORKER = "mball.memory.vllm_cpu.SleepingCpuWorker"
 CUDA_EXTENSION = "mball.memory.vllm_cuda.CudaRpc"
 """For its option `worker_extension_cls` on a GPU."""
 
+TENANT_MIDDLEWARE = "mball.server.worker.vllm_tenants.TenantSalt"
 SERVER = "mball.server.worker.vllm_server"
 """The module that runs vLLM's server."""
 

@@ -20,6 +20,7 @@ from mball.loader.vllm_names import (
     LOAD_FORMAT,
     SERVER,
     SLEEP_ENVIRONMENT,
+    TENANT_MIDDLEWARE,
 )
 from mball.memory.spec import WorkerSpec
 
@@ -127,6 +128,7 @@ def arguments(spec: WorkerSpec, kv_bytes: int) -> list[str]:
         "uds": spec.socket_path,
         "kv_cache_memory_bytes": kv_bytes,
         "enable_sleep_mode": True,
+        "middleware": TENANT_MIDDLEWARE,
     }
     if spec.device.startswith("cuda"):
         options["worker_extension_cls"] = CUDA_EXTENSION

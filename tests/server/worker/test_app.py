@@ -14,6 +14,7 @@ import pytest
 from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from mball.server.tenants import HEADER, salted
 from mball.server.worker import answers
 from mball.server.worker.generation import NotResident
 from mball.server.worker.tokenizer import Tokenizer
@@ -163,6 +164,14 @@ async def test_completion_logprobs(worker: Worker, tokenizer: Tokenizer) -> None
     assert "".join(found.tokens) == "the fox"
     assert found.text_offset == [len("".join(found.tokens[:n])) for n in range(len(found.tokens))]
     assert all(tops for tops in found.top_logprobs)
+
+
+async def test_a_tenant_s_requests_are_salted_apart(worker: Worker) -> None:
+    for path, asked in (("/v1/chat/completions", {"messages": HELLO}), ("/v1/completions", {"prompt": "a"})):
+        for own in ({}, {"cache_salt": "mine"}):
+            body = {"model": "echo", "max_tokens": 1, **asked, **own}
+            assert (await worker.http.post(path, json=body, headers={HEADER: "t"})).status_code == 200
+    assert [r.cache_salt for r in worker.engine.submitted] == [salted("t", None), salted("t", "mine")] * 2
 
 
 async def test_sampling_reaches_the_engine(worker: Worker) -> None:

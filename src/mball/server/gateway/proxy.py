@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from mball.errors import MballError, RequestError, Unavailable
 from mball.memory.manager import Manager
-from mball.server import http
+from mball.server import http, tenants
 from mball.server.gateway.access import Key
 from mball.server.gateway.metrics import CLIENT_LEFT, TAIL_BYTES, Request
 from mball.server.gateway.requests import Call
@@ -142,7 +142,7 @@ class Forward(Response):
             session = await self._workers.session(self._call.model, ticket.socket_path)
             # A BytesIO is written piece by piece, where bytes would be one write however many they are.
             data = io.BytesIO(self._call.body)
-            headers = {"content-type": "application/json"}
+            headers = {"content-type": "application/json", tenants.HEADER: tenants.tenant(self._key.name)}
             try:
                 async with session.post(f"http://worker{self._path}", data=data, headers=headers) as upstream:
                     await answer.relay(upstream)

@@ -15,7 +15,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mball.errors import InvalidRequest, MballError
-from mball.server import http
+from mball.server import http, tenants
+from mball.server.tenants import salted
 from mball.server.worker.answers import Answer
 from mball.server.worker.embeddings import answer_embeddings
 from mball.server.worker.formats import ChatFormat, CompletionFormat, Format
@@ -31,7 +32,8 @@ MAX_BODY_BYTES = 64 * MiB
 BODY_TIMEOUT_S = 60.0
 
 _log = structlog.get_logger(__name__)
-_Handler = Callable[[Service, bytes], Awaitable[Response]]
+_Handler = Callable[[Service, bytes, str], Awaitable[Response]]
+"""Of a request's body and its tenant."""
 
 
 def create_app(service: Service) -> Starlette:
@@ -87,23 +89,23 @@ def _post(path: str, service: Service, handler: _Handler) -> Route:
                 body = await http.read_body(request, MAX_BODY_BYTES)
         except TimeoutError:
             raise InvalidRequest(f"the body was not whole within {BODY_TIMEOUT_S:.0f} s") from None
-        return await handler(service, body)
+        return await handler(service, body, request.headers.get(tenants.HEADER, ""))
 
     return Route(path, endpoint, methods=["POST"])
 
 
-async def _chat(service: Service, body: bytes) -> Response:
+async def _chat(service: Service, body: bytes, tenant: str) -> Response:
     engine = service.generator("/v1/chat/completions")
     request = parse(ChatRequest, http.parse_object(body))
     service.check_model(request.model)
     prompt = await service.in_text_thread(lambda: service.tokenizer.encode_chat(request.messages, engine.max_model_len))
     wanted = Wanted(request.wanted_tokens, request.wanted_logprobs)
     params = sampling_params(request, wanted, len(prompt), engine, service.spec.max_logprobs)
-    jobs = [Job(prompt, sampling, request.cache_salt) for sampling in params]
+    jobs = [Job(prompt, sampling, salted(tenant, request.cache_salt)) for sampling in params]
     return _answer(service, request, jobs, ChatFormat(service.tokenizer, wanted.logprobs), len(prompt))
 
 
-async def _completions(service: Service, body: bytes) -> Response:
+async def _completions(service: Service, body: bytes, tenant: str) -> Response:
     engine = service.generator("/v1/completions")
     request = parse(CompletionRequest, http.parse_object(body))
     service.check_model(request.model)
@@ -112,7 +114,7 @@ async def _completions(service: Service, body: bytes) -> Response:
     for prompt in await service.token_ids(request.prompt, engine, "prompt"):
         prompt_tokens += len(prompt)
         params = sampling_params(request, wanted, len(prompt), engine, service.spec.max_logprobs)
-        jobs += [Job(prompt, sampling, request.cache_salt) for sampling in params]
+        jobs += [Job(prompt, sampling, salted(tenant, request.cache_salt)) for sampling in params]
     return _answer(service, request, jobs, CompletionFormat(service.tokenizer, wanted.logprobs), prompt_tokens)
 
 
@@ -129,20 +131,20 @@ def _answer(service: Service, request: SamplingRequest, jobs: list[Job], form: F
     )
 
 
-async def _embeddings(service: Service, body: bytes) -> Response:
+async def _embeddings(service: Service, body: bytes, _: str) -> Response:
     engine = service.embedder("/v1/embeddings")
     request = parse(EmbeddingRequest, http.parse_object(body))
     service.check_model(request.model)
     return await answer_embeddings(service, engine, request)
 
 
-async def _tokenize(service: Service, body: bytes) -> Response:
+async def _tokenize(service: Service, body: bytes, _: str) -> Response:
     request = parse(TokenizeRequest, http.parse_object(body))
     service.check_model(request.model)
     return await tokenize(service, request)
 
 
-async def _detokenize(service: Service, body: bytes) -> Response:
+async def _detokenize(service: Service, body: bytes, _: str) -> Response:
     request = parse(DetokenizeRequest, http.parse_object(body))
     service.check_model(request.model)
     return await detokenize(service, request)
