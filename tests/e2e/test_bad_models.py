@@ -54,11 +54,26 @@ def only_pickles(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02")
 
 
+def bring_code(folder: Path) -> None:
+    """Of a kind that only its own Python knows; it leaves a mark when it runs."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "homemade", "architectures": ["Homemade"]}
+    config["auto_map"] = {"AutoConfig": "homemade.HomemadeConfig", "AutoModelForCausalLM": "homemade.Homemade"}
+    (folder / "config.json").write_text(json.dumps(config))
+    marks = f"open({str(folder / RAN)!r}, 'w')"
+    (folder / "homemade.py").write_text(
+        f"{marks}\nfrom transformers import LlamaConfig as HomemadeConfig, LlamaForCausalLM as Homemade\n"
+    )
+
+
+RAN = "its code ran"
+
 DEFECTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncate, "safetensors"),
     "overlapping": (overlap, "overlap"),
     "incomplete": (lose_a_shard, "safetensors"),
     "pickled": (only_pickles, r"\.bin"),
+    "code": (bring_code, "trust_remote_code"),
 }
 
 
@@ -77,6 +92,7 @@ def server(models_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     log = tmp_path_factory.mktemp("log") / "server.log"
     with running_server(["--config", str(config)], log=log) as running:
         yield running
+    assert not list(folder.rglob(RAN)), "Python of a model's folder ran, and nobody had allowed it"
 
 
 @pytest.fixture
