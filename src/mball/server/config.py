@@ -153,6 +153,15 @@ class KeyConfig(BaseModel):
     limits: LimitsConfig = LimitsConfig()
 
 
+class TlsConfig(BaseModel):
+    """HTTPS, and nothing else, on the server's address. PEM files; a new certificate takes a restart."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
+
+    certfile: Path = Field(description="The certificate, and behind it those that sign it.")
+    keyfile: Path = Field(description="Its private key, without a password; for the server's user to read alone.")
+
+
 class SwapConfig(BaseModel):
     """A store on a disk for weights and KV that leave memory."""
 
@@ -219,6 +228,7 @@ class Config(BaseSettings):
     api_keys: tuple[KeyConfig, ...] = Field(
         default=(), description="Who may ask; without any whoever reaches the address may, and move models too."
     )
+    tls: TlsConfig | None = Field(default=None, description="HTTPS in place of HTTP.")
     max_body_bytes: ConfigSize = Field(default=16 * MiB, description="The largest request body.")
     max_queue: int = Field(default=1024, ge=1, description="Requests that may wait for their models, in all.")
     queue_timeout_s: Seconds = Field(default=600.0, description="How long a request may wait for its model.")
@@ -283,7 +293,7 @@ class Config(BaseSettings):
 def load_config(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Config:
     """The configuration from a YAML file, the environment and flags (None means not given).
 
-    Relative paths of models and of the swap store in the file are taken from the file's folder. Raises ConfigError.
+    Relative paths of models, the swap store and TLS in the file are taken from the file's folder. Raises ConfigError.
     """
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     source: type[Config] = type("Config", (Config,), {"file_values": _read_yaml(file) if file else {}, "__doc__": ""})
@@ -303,18 +313,20 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: a mapping of settings is wanted, not a {type(values).__name__}")
     if isinstance(models := values.get("models"), list):
-        values["models"] = [_beside(file.parent, model) for model in models]
-    if isinstance(values.get("swap"), dict):
-        values["swap"] = _beside(file.parent, values["swap"])
+        named = [{"path": model} if isinstance(model, str) else model for model in models]
+        values["models"] = [_beside(file.parent, model, "path") for model in named]
+    for name, fields in (("swap", ("path",)), ("tls", ("certfile", "keyfile"))):
+        if name in values:
+            values[name] = _beside(file.parent, values[name], *fields)
     return values
 
 
-def _beside(folder: Path, model: Any) -> Any:
-    if isinstance(model, str):
-        model = {"path": model}
-    if isinstance(model, dict) and isinstance(path := model.get("path"), str):
-        return {**model, "path": str(folder / Path(path).expanduser())}
-    return model
+def _beside(folder: Path, section: Any, *fields: str) -> Any:
+    """Its paths are taken from the folder."""
+    if not isinstance(section, dict):
+        return section
+    paths = {name: value for name in fields if isinstance(value := section.get(name), str)}
+    return {**section, **{name: str(folder / Path(path).expanduser()) for name, path in paths.items()}}
 
 
 def _reasons(error: ValidationError | SettingsError) -> str:

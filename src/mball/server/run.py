@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import httpx2 as httpx
 import uvicorn
@@ -74,6 +76,7 @@ def serve(config: Config, sock: socket.socket) -> None:
     """Serves until SIGTERM or SIGINT. Blocks; owns `sock`. Raises DeviceInUse, MballError."""
     notifier = Notifier()
     with _runtime_dir(config) as runtime_dir:
+        tls = _tls(config)
         manager = build_manager(config, runtime_dir)
         manager.claim()
         server = _Server(
@@ -85,6 +88,7 @@ def serve(config: Config, sock: socket.socket) -> None:
                 timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
                 timeout_keep_alive=30,
                 h11_max_incomplete_event_size=64 * 1024,
+                **tls,
             ),
             manager,
             notifier,
@@ -95,6 +99,19 @@ def serve(config: Config, sock: socket.socket) -> None:
             sock.close()
         if not server.started:
             raise MballError("the server could not start; the log above says why")
+
+
+def _tls(config: Config) -> dict[str, Any]:
+    """For uvicorn. Raises ConfigError where the files are not what they should be."""
+    if config.tls is None:
+        return {}
+    files = {"certfile": str(config.tls.certfile), "keyfile": str(config.tls.keyfile)}
+    # Who is asked for a password here would wait for ever.
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(**files, password=lambda: b"")
+    except (OSError, ssl.SSLError, ValueError) as error:
+        raise ConfigError(f"tls: {files['certfile']}, {files['keyfile']}: {error}") from None
+    return {f"ssl_{name}": path for name, path in files.items()}
 
 
 @contextlib.contextmanager

@@ -56,7 +56,8 @@ def serve(
             f"mball: whoever reaches {loaded.host} may ask, and move models: set `api_keys` (`mball keys new NAME`)",
             file=sys.stderr,
         )
-    typer.echo(f"MBALL serves {names} on http://{address[0]}:{address[1]}/v1", file=sys.stderr)
+    scheme = "http" if loaded.tls is None else "https"
+    typer.echo(f"MBALL serves {names} on {scheme}://{address[0]}:{address[1]}/v1", file=sys.stderr)
     run.serve(loaded, sock)
 
 
