@@ -109,7 +109,7 @@ def test_two_engines_take_turns_and_vllm_wakes_token_exact(server: Running) -> N
 
 
 def test_its_own_routes_are_the_managers_alone(server: Running) -> None:
-    for path in ("sleep", "wake_up", "collective_rpc", "v1/load_lora_adapter", "reset_prefix_cache", "tokenize"):
+    for path in ("sleep", "wake_up", "collective_rpc", "v1/load_lora_adapter", "reset_prefix_cache"):
         for model in ("", "smollm2-135m/"):
             answer = httpx.post(f"{server.url}/{model}{path}", json={"model": "smollm2-135m"}, timeout=60)
             assert answer.status_code in (404, 405), (path, answer.text)
@@ -129,6 +129,14 @@ def test_bad_requests_are_answered_by_vllm_in_openais_shape(server: Running) -> 
     answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=500)
     assert answer.status_code == 400
     assert "message" in answer.json()["error"]
+
+
+def test_its_tokens_are_those_that_vllm_says(server: Running) -> None:
+    answer = httpx.post(f"{server.url}/tokenize", json={"model": "smollm2-135m", "prompt": PROMPT}, timeout=500)
+    assert answer.status_code == 200, answer.text
+    tokens = answer.json()["tokens"]
+    back = httpx.post(f"{server.url}/detokenize", json={"model": "smollm2-135m", "tokens": tokens}, timeout=500)
+    assert back.json() == {"prompt": PROMPT}
 
 
 def test_a_killed_worker_is_started_again_and_its_kv_is_there(server: Running) -> None:
