@@ -9,6 +9,8 @@ import pytest
 
 from mball.device.simulated import SimulatedDevice
 from mball.errors import DeviceOutOfMemory, InvalidRequest, ModelDoesNotFit
+from mball.memory.model import Model
+from mball.memory.process import WorkerProcess
 from mball.units import MiB
 from tests.fake_worker import Knobs
 from tests.memory.conftest import QUICK, Running, Serve, model, slot_of
@@ -292,6 +294,27 @@ async def test_balloons_and_requests_at_once(serve: Serve, device: SimulatedDevi
     assert await squeezing > 10
     assert answers == [f"{'ab'[number % 2]} 1 2 3 " for number in range(40)]
     books(running, device)
+
+
+async def test_a_wish_that_comes_while_the_last_one_is_carried_out(
+    serve: Serve, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = await serve(model("a", SOFT))
+    await running.ask("a")
+    await running.manager.unload("a")
+    await running.manager.balloon("a", 8 * MiB)
+    transitions, squeezed = slot_of(running.manager).transitions, list[int]()
+    squeeze = transitions._squeeze
+
+    async def then_another(of: Model, worker: WorkerProcess, nbytes: int, epoch: int, **how: bool) -> None:
+        await squeeze(of, worker, nbytes, epoch, **how)
+        squeezed.append(nbytes)
+        of.balloon_bytes = 0
+
+    monkeypatch.setattr(transitions, "_squeeze", then_another)
+    assert await running.ask("a") == "a 1 2 3 "
+    assert squeezed == [8 * MiB]
+    assert slot_of(running.manager).ledger.held("a") == device.process_bytes(running.state("a")["pid"])
 
 
 async def test_one_that_hangs_at_its_balloon_is_ended_and_makes_room_all_the_same(

@@ -132,9 +132,12 @@ class Model:
     @property
     def needed_bytes(self) -> int:
         """Device bytes on the device, less what the balloon has: as announced, or as measured if that was more."""
+        return self.needed_without(self.ballooned_bytes if self.on_device else self.arrives_without_bytes)
+
+    def needed_without(self, ballooned_bytes: int) -> int:
+        """The same with so much in the balloon."""
         needs = self.needs
-        most = max(needs.total_bytes if needs else 0, self.figures.held.value)
-        return max(0, most - (self.ballooned_bytes if self.on_device else self.arrives_without_bytes))
+        return max(0, max(needs.total_bytes if needs else 0, self.figures.held.value) - ballooned_bytes)
 
     @property
     def arrives_without_bytes(self) -> int:

@@ -300,7 +300,8 @@ class Transitions:
                 raise
             model.balloon_bytes = model.ballooned_bytes
             self._events.record("balloon set", model.name, f"not as was wished: {error}", level="warning")
-        self._ledger.promise(model.name, model.needed_bytes)
+        # The wish may be another by now: whoever made it waits for his turn.
+        self._ledger.promise(model.name, model.needed_without(model.ballooned_bytes))
 
     async def _squeeze(
         self, model: Model, worker: WorkerProcess, nbytes: int, epoch: int, *, gently: bool = False
