@@ -187,6 +187,10 @@ async def test_a_worker_that_dies_in_a_whole_answer_leaves_no_half_of_it(gateway
     running = await gateway(model("a", Knobs(tokens=1000, token_s=0.05)))
     asking = asyncio.create_task(running.http.post(running.url + CHAT, data=body("a")))
     await running.until(lambda: running.state("a")["in_flight"] == 1)
+    # One that has not reached its worker yet would go to the next.
+    async with asyncio.timeout(30):
+        while not (await running.manager.engine_status("a") or {})["in_flight"]:
+            pass
     os.kill(running.state("a")["pid"], signal.SIGKILL)
     async with await asking as response:
         assert response.status == 503
