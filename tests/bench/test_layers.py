@@ -81,6 +81,8 @@ def test_the_bare_disk_is_read_where_it_is_told(tmp_path: Path) -> None:
     try:
         found = rates(stretches, 5.0)
     except Cannot as error:
+        if "O_DIRECT" not in str(error):
+            raise
         pytest.skip(str(error))
     assert min(found.values()) > 0
 

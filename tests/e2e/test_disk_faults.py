@@ -2,38 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from tests.e2e.conftest import Serve
 from tests.e2e.kv_server import A, ask, models, settings, state, store
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting needs root")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 MiB."""
-    where = tmp_path / "small"
-    where.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(where)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"can't mount: {done.stderr.strip()}")
-    yield where
-    subprocess.run(["umount", "--lazy", str(where)], check=True)
-
-
-def fill(where: Path) -> None:
-    with contextlib.suppress(OSError), (where / "others").open("wb", buffering=0) as file:
-        while file.write(bytes(4096)) == 4096:
-            pass
+from tests.small_disk import fill, freeze
 
 
 def test_a_store_that_has_no_room(serve: Serve, models_dir: Path, small_disk: Path) -> None:
@@ -71,7 +44,7 @@ def test_a_file_system_that_is_read_only(serve: Serve, models_dir: Path, small_d
     with serve(models(models_dir, A), **options) as server:
         text, _ = ask(server)
         warm, _ = ask(server)
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    freeze(small_disk)
     with serve(models(models_dir, A), **options) as server:
         swap = store(server)
         assert swap["state"] == "open"

@@ -8,9 +8,8 @@ import errno
 import os
 import random
 import signal
-import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import aiohttp
@@ -37,10 +36,9 @@ from tests.memory.test_swap_images import (
     service,
     store,
 )
+from tests.small_disk import SMALL, freeze
 
 __all__ = ["begin"]
-
-SMALL = 64 * MiB
 
 
 def overwrite(path: Path, at: int, nbytes: int) -> None:
@@ -52,25 +50,6 @@ def overwrite(path: Path, at: int, nbytes: int) -> None:
         file.write(bytes(byte ^ 0xFF for byte in was))
         file.flush()
         os.fsync(file.fileno())
-
-
-def mount(*arguments: str) -> None:
-    subprocess.run(["mount", *arguments], check=True, capture_output=True)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 MiB in memory; who may not mount one is told so."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    try:
-        mount("-t", "tmpfs", "-o", f"size={SMALL}", "small", str(path))
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("a small file system can't be mounted here: that needs root")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 async def serves(running: Running) -> None:
@@ -231,7 +210,7 @@ async def test_a_read_only_disk_gives_what_it_has_and_takes_nothing(begin: Begin
     await running.ask("a")
     await put_away(running, "a")
     await running.manager.close(1.0)
-    mount("-o", "remount,ro", str(small_disk))
+    freeze(small_disk)
     models = model("a", SLOW), model("b", SLOW)
     running = await begin(*models, swap=store(small_disk / "swap"), dram_bytes=24 * MiB)
     await serves(running)

@@ -17,6 +17,7 @@ from mball.swap.disk import Disk, aligned, reopened
 from mball.swap.layout import BLOCK_BYTES
 from mball.swap.store import open_store
 from mball.units import KiB, MiB
+from tests.small_disk import SMALL, freeze
 from tests.swap.stores import MODEL, SIZE, SLOT, content, get, image, open_at, settings
 
 ROOT = Path(__file__).parents[2]
@@ -223,56 +224,33 @@ def test_a_file_system_that_takes_the_flag_and_refuses_the_read(path: Path) -> N
     os.close(fd)
 
 
-def as_root() -> bool:
-    return os.geteuid() == 0 and shutil.which("mount") is not None
+def test_a_full_disk(small_disk: Path) -> None:
+    path = small_disk / "swap"
+    with pytest.raises(SwapUnavailable, match=r"wanted on the disk, 64.0 MiB free"):
+        open_at(path, size_bytes=100 * MiB)
+    assert list(small_disk.iterdir()) == [], "nothing is left of it"
+    store = open_at(path, size_bytes=60 * MiB)
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "others").write_bytes(bytes(SMALL))
+    # Its space was taken before: the disk being full is nothing to it.
+    store.put(WANT, content("a", WANT.nbytes))
+    assert get(store, WANT) == content("a", WANT.nbytes)
+    store.close()
 
 
-def mounted(kind: list[str], where: Path) -> None:
-    where.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", *kind, str(where)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"can't mount: {done.stderr.strip()}")
+def test_a_read_only_file_system_is_read_from(small_disk: Path) -> None:
+    filled(small_disk / "swap")
+    freeze(small_disk)
+    store = open_at(small_disk / "swap")
+    assert store.read_only
+    assert get(store, WANT) == content("a", WANT.nbytes)
+    store.close()
+    with pytest.raises(SwapUnavailable, match="Read-only file system"):
+        open_at(small_disk / "another")
+    assert check(small_disk / "swap").whole
 
 
-@pytest.mark.skipif(not as_root(), reason="mounting needs root")
-def test_a_full_disk(tmp_path: Path) -> None:
-    where = tmp_path / "small"
-    mounted(["-t", "tmpfs", "-o", "size=64m", "none"], where)
-    try:
-        path = where / "swap"
-        with pytest.raises(SwapUnavailable, match=r"wanted on the disk, 64.0 MiB free"):
-            open_at(path, size_bytes=100 * MiB)
-        assert list(where.iterdir()) == [], "nothing is left of it"
-        store = open_at(path, size_bytes=60 * MiB)
-        with pytest.raises(OSError, match="No space left"):
-            (where / "others").write_bytes(bytes(64 * MiB))
-        # Its space was taken before: the disk being full is nothing to it.
-        store.put(WANT, content("a", WANT.nbytes))
-        assert get(store, WANT) == content("a", WANT.nbytes)
-        store.close()
-    finally:
-        subprocess.run(["umount", str(where)], check=True)
-
-
-@pytest.mark.skipif(not as_root(), reason="mounting needs root")
-def test_a_read_only_file_system_is_read_from(tmp_path: Path) -> None:
-    where = tmp_path / "frozen"
-    mounted(["-t", "tmpfs", "-o", "size=64m", "none"], where)
-    try:
-        filled(where / "swap")
-        subprocess.run(["mount", "-o", "remount,ro", str(where)], check=True)
-        store = open_at(where / "swap")
-        assert store.read_only
-        assert get(store, WANT) == content("a", WANT.nbytes)
-        store.close()
-        with pytest.raises(SwapUnavailable, match="Read-only file system"):
-            open_at(where / "another")
-        assert check(where / "swap").whole
-    finally:
-        subprocess.run(["umount", str(where)], check=True)
-
-
-@pytest.mark.skipif(not as_root() or shutil.which("losetup") is None, reason="a loop device needs root")
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("losetup") is None, reason="a loop device needs root")
 def test_a_block_device(tmp_path: Path) -> None:
     backing = tmp_path / "backing"
     backing.write_bytes(bytes(8 * MiB))

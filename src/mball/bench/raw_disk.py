@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -75,7 +76,8 @@ def _rate(stretches: Sequence[Stretch], depth: int, limit_s: float) -> float:
             timer.cancel()
             timer.join()
     except OSError as error:
-        raise Cannot(f"its file system refuses O_DIRECT: {error.strerror}") from error
+        why = "its file system refuses O_DIRECT" if error.errno == errno.EINVAL else "it can't be read"
+        raise Cannot(f"{why}: {error.strerror}") from error
     finally:
         for buffer in buffers:
             buffer.close()

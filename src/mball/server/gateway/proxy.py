@@ -119,6 +119,8 @@ class Forward(Response):
         finally:
             comments.cancel()
             await asyncio.wait({comments})
+            if not comments.cancelled() and (error := comments.exception()) is not None:
+                _log.info("no comment", model=self._call.model, error=repr(error))
 
     async def _serve(self, answer: _Answer) -> None:
         try:
