@@ -1,5 +1,1 @@
-"""`mball batch`: a file of requests in, a file of answers out, in OpenAI's batch format."""
-
-from mball.server.batch.cli import batch
-
-__all__ = ["batch"]
+"""Files of requests in, files of answers out, in OpenAI's batch format: what `mball batch` and `/v1/batches` share."""

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mball.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mball.server.batch.run import Tally
+    from mball.server.batch.work import Tally
 
 
 def batch(

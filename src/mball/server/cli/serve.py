@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from pathlib import Path
@@ -28,12 +29,18 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="Compute threads of a worker on the CPU.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Where the models' logs go.")] = None,
     fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Serve models behind one OpenAI-compatible address."""
+    from mball.device import prctl
     from mball.server import run
     from mball.server.config import load_config
     from mball.server.log import configure_logging
 
+    if parent is not None:
+        prctl.die_with_parent()
+        if os.getppid() != parent:
+            raise typer.Exit(1)
     flags = {
         "models": [{"path": path} for path in models] if models else None,
         "host": host,

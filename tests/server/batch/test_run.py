@@ -17,6 +17,7 @@ from aiohttp import web
 
 from mball.errors import ConfigError
 from mball.server.batch import lines
+from mball.server.batch.answers import Answers
 from mball.server.batch.run import Tally, run_batch
 from mball.server.client import ServerUnreachable
 
@@ -256,7 +257,7 @@ async def test_without_a_server_the_batch_ends_with_the_way_out(source: Path, ta
 
 async def test_two_batches_do_not_share_an_output(source: Path, target: Path, errors: Path) -> None:
     put(source, [request("r")])
-    with lines.Answers(target), pytest.raises(ConfigError, match="another batch is writing it"):
+    with Answers(target), pytest.raises(ConfigError, match="another batch is writing it"):
         await run_batch(source, target, "http://127.0.0.1:9", errors=errors)
 
 
