@@ -66,8 +66,9 @@ class CoresKeeper:
     async def _step(self, found: Topology) -> float | None:
         """Returns in how many seconds one of them may have come to rest; None where nobody computes."""
         now = time.monotonic()
-        alive = {name: model.worker for name, model in self._models.items() if model.worker is not None}
-        rests = {name: self._rest_s(self._models[name], now) for name in alive}
+        models = dict(self._models)
+        alive = {name: model.worker for name, model in models.items() if model.worker is not None}
+        rests = {name: self._rest_s(models[name], now) for name in alive}
         residents = [Resident(name, worker.spec.threads, active=rests[name] > 0) for name, worker in alive.items()]
         wanted = share(found, residents)
         for name, worker in alive.items():
@@ -80,10 +81,11 @@ class CoresKeeper:
                 await worker.call("threads", deadline_s=self._settings.verb_s, threads=cores.threads)
             except TransitionError as error:
                 _log.debug("threads not set", model=name, error=str(error))
-            self._models[name].cores = cores
+            models[name].cores = cores
         for name in self._given.keys() - alive.keys():
             del self._given[name]
-            self._models[name].cores = None
+            if name in models:
+                models[name].cores = None
         ahead = [rest_s for rest_s in rests.values() if 0 < rest_s < math.inf]
         return min(ahead, default=None)
 

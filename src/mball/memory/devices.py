@@ -51,11 +51,21 @@ class Devices:
         if len(set(names)) != len(names) or not names:
             raise ConfigError(f"the devices are {', '.join(names) or 'none'}: name each once")
         for model in self._models.values():
-            allowed = self.allowed(model)
-            if not allowed:
-                wanted = ", ".join(model.spec.devices)
-                raise ConfigError(f"{model.name}: its device is {wanted}, and those here are {', '.join(names)}")
-            allowed[0].models[model.name] = model
+            self.check(model)
+            self.seat(model)
+
+    def check(self, model: Model) -> None:
+        """Raises ConfigError where it has no device here."""
+        if not self.allowed(model):
+            wanted, names = ", ".join(model.spec.devices), ", ".join(slot.name for slot in self._slots)
+            raise ConfigError(f"{model.name}: its device is {wanted}, and those here are {names}")
+
+    def seat(self, model: Model) -> None:
+        self.allowed(model)[0].models[model.name] = model
+
+    def unseat(self, model: Model) -> None:
+        del self.of(model).models[model.name]
+        self._placed.discard(model.name)
 
     def of(self, model: Model) -> Slot:
         return next(slot for slot in self._slots if model.name in slot.models)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -36,45 +36,47 @@ class FiguresKeeper:
         self._budgets = {device.name: nbytes for device, nbytes in devices}
         self._store = None if folder is None else FiguresStore(folder)
         self._settings = settings
-        self._revisions: dict[str, str] = {}
         self._saved: object = None
 
-    async def recall(self) -> None:
+    async def recall(self, models: Collection[Model]) -> None:
         """Each model's figures as they were, where it has not changed; else a first estimate from its files."""
-        await self._stream_the_largest()
-        specs = {m.name: self._served(m.spec.worker) for m in self._models.values()}
+        await self._stream_the_largest(models)
+        specs = {m.name: self._served(m.spec.worker) for m in models}
 
         def read() -> tuple[dict[str, str], dict[str, Estimate | None], dict[str, Kept]]:
             revisions = {name: revision(spec) for name, spec in specs.items()}
             estimates = {name: estimate(spec) for name, spec in specs.items()}
             return revisions, estimates, {} if self._store is None else self._store.load()
 
-        self._revisions, estimates, kept = await asyncio.to_thread(read)
-        for model in self._models.values():
-            model.estimate = estimates[model.name]
+        revisions, estimates, kept = await asyncio.to_thread(read)
+        for model in models:
+            model.estimate, model.revision = estimates[model.name], revisions[model.name]
             found = kept.get(model.name)
             if found is None:
                 continue
-            if found.revision != self._revisions[model.name]:
+            if found.revision != model.revision:
                 _log.info("figures forgotten: the model has changed", model=model.name)
                 continue
             model.figures = found.figures()
             past_s = max(0.0, time.time() - found.saved_at)
             model.queue.rate.resume(found.rate, time.monotonic() - past_s)
-        self._saved = self._marks()
+        self._saved = self._saved or self._marks()
 
-    async def _stream_the_largest(self) -> None:
+    async def _stream_the_largest(self, models: Collection[Model]) -> None:
         """Those that can never fit whole, as their files say: rather slower than refused."""
-        most = {m.name: self._most_bytes(m) for m in self._models.values()}
-        specs = {m.name: self._served(m.spec.worker) for m in self._models.values()}
+        most = {m.name: self._most_bytes(m) for m in models}
+        specs = {m.name: self._served(m.spec.worker) for m in models}
 
         def read() -> dict[str, WorkerSpec]:
             whole = {name: estimate(spec) for name, spec in specs.items() if not spec.streamed}
             large = [name for name, found in whole.items() if found is not None and found.total_bytes > most[name]]
             return {name: better for name in large if (better := streamed(specs[name], most[name])) is not None}
 
-        for name, spec in (await asyncio.to_thread(read)).items():
-            self._models[name].stream(spec)
+        found = await asyncio.to_thread(read)
+        for model in models:
+            if (spec := found.get(name := model.name)) is None:
+                continue
+            model.stream(spec)
             _log.warning("streamed: it is larger than its device", model=name, budget_bytes=most[name])
 
     def _most_bytes(self, model: Model) -> int:
@@ -96,11 +98,11 @@ class FiguresKeeper:
     async def save(self) -> None:
         """Where something has changed since."""
         marks = self._marks()
-        if self._store is None or not self._revisions or marks == self._saved:
+        if self._store is None or self._saved is None or marks == self._saved:
             return
         now, wall = time.monotonic(), time.time()
         kept = {
-            m.name: Kept.of(m.figures, self._revisions[m.name], m.queue.rate.at(now), wall)
+            m.name: Kept.of(m.figures, m.revision, m.queue.rate.at(now), wall)
             for m in self._models.values()
             if m.figures.needs is not None or m.queue.rate.at(now) > 0
         }

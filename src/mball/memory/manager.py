@@ -14,7 +14,6 @@ import structlog
 
 from mball.device.device import Device
 from mball.errors import (
-    ConfigError,
     DeviceError,
     DeviceOutOfMemory,
     Draining,
@@ -22,7 +21,6 @@ from mball.errors import (
     QueueFull,
     QueueTimeout,
     TransitionError,
-    UnknownModel,
     VerbFailed,
 )
 from mball.memory.cores_keeper import CoresKeeper
@@ -36,6 +34,7 @@ from mball.memory.model import Model
 from mball.memory.nursery import Nursery
 from mball.memory.pressure_watch import Gauge, PressureWatch
 from mball.memory.queue import Ticket
+from mball.memory.roster import Changes, Roster
 from mball.memory.settings import Settings
 from mball.memory.slot import Slot
 from mball.memory.spec import ModelSpec
@@ -43,7 +42,6 @@ from mball.memory.states import Process
 from mball.memory.swap_broker import SwapBroker
 from mball.memory.swap_images import SwapImages
 from mball.memory.swap_keeper import SwapKeeper
-from mball.memory.vllm_options import adapters
 from mball.memory.worker_log import log_path, log_tail
 from mball.swap.store import Settings as SwapSettings
 from mball.units import format_bytes
@@ -85,11 +83,9 @@ class Manager:
         self._settings = settings or Settings()
         self.events = Events(told=self._look)
         self._cores: CoresKeeper | None = None
-        self._models = {
-            spec.name: Model(spec, self._settings, number, self._wake) for number, spec in enumerate(models)
-        }
-        if len(self._models) != len(models):
-            raise ConfigError("two models have one name")
+        self._max_queue = self._settings.max_queue
+        self._roster = Roster(models, lambda spec, number: Model(spec, self._settings, number, self._wake))
+        self._models = self._roster.models
         self._runtime_dir = runtime_dir
         self._log_dir = log_dir if log_dir is not None else runtime_dir / "logs"
         self._devices = Devices(self._models, self._settings, self.events)
@@ -137,7 +133,7 @@ class Manager:
         """
         await asyncio.to_thread(self.claim)
         await self._nursery.open()
-        await self._figures.recall()
+        await self._figures.recall(self._roster.all())
         self._started = True
         for slot in self._devices:
             self._spawn(slot.scheduler.run(), f"scheduler of {slot.name}")
@@ -169,16 +165,33 @@ class Manager:
         self._claimed = True
 
     def names(self) -> list[str]:
-        return list(self._models)
+        return self._roster.names()
+
+    def serves(self, name: str) -> bool:
+        """A model or an adapter."""
+        return name in self._roster.adapters or self._roster.answering(name) is not None
 
     def adapters(self) -> dict[str, str]:
         """Models that another one serves, as adapters of it: that one's name by theirs."""
-        return {
-            adapter: name
-            for name, model in self._models.items()
-            if model.spec.worker.engine == "vllm"
-            for adapter in adapters(model.spec.worker.engine_args)
-        }
+        return self._roster.adapters
+
+    async def prepare(self, models: Sequence[ModelSpec]) -> Changes:
+        """What `change` needs to serve these models from now on. Nothing has changed yet. Raises ConfigError."""
+        changes = self._roster.compare(models)
+        for model in changes.fresh:
+            self._devices.check(model)
+        await self._figures.recall(changes.fresh)
+        return changes
+
+    def change(self, changes: Changes, *, max_queue: int) -> None:
+        """From now on requests find the models as they are to be. Those that came before are answered as the models
+        were, whose workers end after them; who takes the place of one comes after that."""
+        if self._draining.is_set():
+            return
+        self._max_queue = max_queue
+        self._roster.change(changes, self._devices.seat, self._devices.unseat)
+        self.events.record("configured", None, str(changes))
+        self._wake()
 
     @contextlib.asynccontextmanager
     async def admit(self, name: str, *, deadline_s: float | None = None) -> AsyncIterator[Ticket]:
@@ -273,8 +286,8 @@ class Manager:
 
     def retry_after_s(self, name: str) -> float:
         """After how many seconds a request for the model may well be served, from measured costs; at least 1."""
-        model = self._model(name)
-        if model.queue.is_open:
+        model = self._roster.answering(name)
+        if model is None or model.queue.is_open:
             return 1.0
         now = time.monotonic()
         start_s = (model.figures.start_s.value or 0.0) if model.worker is None else 0.0
@@ -318,7 +331,8 @@ class Manager:
 
     def workers(self) -> dict[int, tuple[str, str]]:
         """pid → (model, what it is doing) of every worker that lives: start, a verb, drain, serve, awake or asleep."""
-        return {pid: (name, self._models[name].doing(pid)) for pid, name in self._nursery.workers.items()}
+        workers = [(pid, name, self._models.get(name)) for pid, name in self._nursery.workers.items()]
+        return {pid: (name, "stop" if model is None else model.doing(pid)) for pid, name, model in workers}
 
     def log_tail(self, name: str) -> str:
         """The last lines of the log of the model's workers. Reads a file: call it off the loop. Raises UnknownModel."""
@@ -330,11 +344,11 @@ class Manager:
             self._hurry.set()
             return
         self._draining.set()
-        in_flight = sum(model.queue.in_flight for model in self._models.values())
+        in_flight = sum(model.queue.in_flight for model in self._roster.all())
         self.events.record("draining", None, "told to shut down", in_flight=in_flight)
         # Whoever follows would hold the server's end up.
         self.events.close()
-        for model in self._models.values():
+        for model in self._roster.all():
             model.queue.refuse(_draining)
             model.wanted = False
 
@@ -383,16 +397,13 @@ class Manager:
     async def _open_swap(self) -> None:
         """Workers that came before it are given it, too."""
         if await self._swap.open():
-            for model in self._models.values():
+            for model in list(self._models.values()):
                 if model.worker is not None:
                     await self._broker.introduce(model.worker)
             self._wake()
 
     def _model(self, name: str) -> Model:
-        model = self._models.get(name)
-        if model is None:
-            raise UnknownModel(f"the model {name!r} is not served here; these are: {', '.join(self._models)}")
-        return model
+        return self._roster.find(name)
 
     def _ready_to_wait(self, name: str) -> Model:
         """The model, where a request for it may wait at all."""
@@ -405,9 +416,9 @@ class Manager:
             model.failure, model.crashes_in_row = None, 0
             if model.state.process is Process.FAILED:
                 model.state = model.state.to(Process.GONE)
-        if model.queue.would_wait and sum(len(m.queue) for m in self._models.values()) >= self._settings.max_queue:
+        if model.queue.would_wait and sum(len(m.queue) for m in self._roster.all()) >= self._max_queue:
             wait_s = self.retry_after_s(name)
-            raise QueueFull(f"{self._settings.max_queue} requests wait for their models already", retry_after_s=wait_s)
+            raise QueueFull(f"{self._max_queue} requests wait for their models already", retry_after_s=wait_s)
         return model
 
     async def _enter(self, model: Model, deadline_s: float | None, *, visitor: bool = False) -> Ticket | None:
@@ -430,7 +441,10 @@ class Manager:
         last = self.events.last(model.name)
         slot = self._devices.of(model)
         device = None if model.state.process in (Process.GONE, Process.FAILED) else slot.name
-        return {**model.snapshot(slot.ledger.held(model.name)), "device": device, "last_event": self._told(last)}
+        shown = {**model.snapshot(slot.ledger.held(model.name)), "device": device, "last_event": self._told(last)}
+        if model.retired and (coming := self._roster.answering(model.name)) is not None and coming is not model:
+            shown["queued"] += len(coming.queue)
+        return shown
 
     def _told(self, event: Event | None) -> dict[str, Any] | None:
         return None if event is None else {"id": self.events.id_of(event), **event.as_dict()}

@@ -43,11 +43,12 @@ class Model:
     `stored`: the swap store has its image, and reading it takes `stored_s`, as far as is known.
     `failure` makes the error that its requests get while it has failed. `wanted` without a request: a preload.
     `moving`: it is part of a transition that was decided, and nothing else is to be decided about it; `arriving`:
-    that transition brings it in. `unload` is done once it is off the device.
+    that transition brings it in. `unload` is done once it is off the device. `configured` is its spec as the
+    configuration has it; `farewell` is told when nothing of it is left, once it is configured no longer.
     """
 
     def __init__(self, spec: ModelSpec, settings: Settings, number: int, changed: Callable[[], None]) -> None:
-        self.spec = spec
+        self.spec = self.configured = spec
         self.number = number
         self.settings = settings
         self.pinned = spec.pinned
@@ -65,6 +66,7 @@ class Model:
         self.context_bytes = 0
         self.measured_bytes = 0
         self.estimate: Estimate | None = None
+        self.revision = ""
         self.balloon_bytes = 0
         self.ballooned_bytes = 0
         self.spare_bytes = 0
@@ -82,6 +84,7 @@ class Model:
         self.moving = False
         self.arriving = False
         self.unload: asyncio.Future[None] | None = None
+        self.farewell: Callable[[Model], None] | None = None
 
     @property
     def name(self) -> str:
@@ -94,6 +97,11 @@ class Model:
     @property
     def unused(self) -> bool:
         return not self.queue.in_flight and not len(self.queue)
+
+    @property
+    def retired(self) -> bool:
+        """It is configured no longer: it answers those that came before, and leaves."""
+        return self.farewell is not None
 
     @property
     def settled(self) -> bool:
@@ -200,6 +208,31 @@ class Model:
         self.spec = replace(self.spec, worker=changed)
         self.hello, self.figures, self.estimate = None, Figures(), None
 
+    def alter(self, spec: ModelSpec) -> None:
+        """Takes what its worker need not know; what its operator pinned by hand stays where that was not altered."""
+        before, self.configured = self.configured, spec
+        self.spec = replace(
+            self.spec,
+            pinned=spec.pinned,
+            priority=spec.priority,
+            preload=spec.preload,
+            keep_alive_s=spec.keep_alive_s,
+        )
+        if spec.pinned != before.pinned:
+            self.pinned = spec.pinned
+        self.wanted = self.wanted or (spec.preload and not before.preload)
+
+    def retire(self, farewell: Callable[[Model], None]) -> None:
+        self.farewell = farewell
+        self.wanted = self.pinned = False
+
+    def become(self, other: Model) -> None:
+        """Those that wait for it, which was never started, are served as the other would."""
+        self.farewell = None
+        self.spec, self.configured, self.pinned = other.spec, other.configured, other.pinned
+        self.estimate, self.figures, self.revision = other.estimate, other.figures, other.revision
+        self.queue.limit, self.wanted = other.spec.admitted, other.wanted
+
     def stay_s(self) -> float:
         """How long it stays on the device before it may go for another."""
         return self.settings.stay_s(self.promote_s + (self.figures.demote_s.value or 0.0))
@@ -291,4 +324,5 @@ class Model:
             "last_swap_s": figures.last_swap_s,
             "load_gib_s": rate / GiB if rate else None,
             "error": self.error,
+            "retired": self.retired,
         }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 _HEARTBEAT_S = 5.0
+_RETIRED = "it is configured no longer"
 
 
 class Scheduler:
@@ -102,6 +104,9 @@ class Scheduler:
                 self._refuse(model, ModelFailed, why, self._settings.cool_down_s)
             elif model.settled and not model.on_device and model.not_before_s <= now:
                 self._give_up_if_hopeless(model)
+        for model in self._models.values():
+            if model.retired and model.unused and model.settled and model.not_before_s <= now:
+                self._leave(model, partial(self._dismiss, model))
         decision = decide(self._look(now), self._settings)
         for name in decision.gone:
             self._went(self._models[name])
@@ -180,17 +185,30 @@ class Scheduler:
                 if model.needed_bytes > (most := self._devices.most_bytes(model)):
                     self._fail(model, does_not_fit(model, most), fits=False)
                 else:
-                    self._leave(model, "it is too large for this device, and another has room")
+                    self._move_out(model, "it is too large for this device, and another has room")
             case Process.ALIVE if (better := self._devices.better(model)) is not None:
-                self._leave(model, f"a start on {better.name} serves it sooner")
+                self._move_out(model, f"a start on {better.name} serves it sooner")
             case Process.STOPPING:
                 model.not_before_s = time.monotonic() + self._settings.cool_down_s
                 self._spawn(self._transitions.stop(model, "it could not be stopped before"), f"stop {model.name}")
 
-    def _leave(self, model: Model, why: str) -> None:
-        """Its worker ends, so that it can be placed anew."""
+    def _leave(self, model: Model, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Its worker ends."""
         if not self._begun and not self._lease.busy and model.name not in self._filling:
-            self._begin(self._transitions.stop(model, why), [model])
+            self._begin(work(), [model])
+
+    def _move_out(self, model: Model, why: str) -> None:
+        """So that it can be placed anew."""
+        self._leave(model, partial(self._transitions.stop, model, why))
+
+    async def _dismiss(self, model: Model) -> None:
+        # One that could not be ended is tried again, not at once.
+        model.not_before_s = time.monotonic() + self._settings.backoff_s
+        await self._transitions.stop(model, _RETIRED)
+        await self._images.drop(model, _RETIRED)
+        self._went(model)
+        if model.farewell is not None:
+            model.farewell(model)
 
     def _went(self, model: Model) -> None:
         if model.unload is not None:

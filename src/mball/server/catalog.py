@@ -36,12 +36,8 @@ def build_manager(config: Config, runtime_dir: Path, *, gauge: Gauge | None = No
         kind, _, state = name.partition(":")
         if kind == "simulated" and not Path(state).exists():
             SimulatedDevice.create(state, config.device_memory_bytes or _CPU_BYTES)
-    specs = [model_spec(model, config) for model in config.models]
-    if any(spec.worker.engine == "vllm" for spec in specs):
-        path = search_path(runtime_dir / "vllm")
-        specs = [replace(s, environment={"PYTHONPATH": path}) if s.worker.engine == "vllm" else s for s in specs]
     return Manager(
-        specs,
+        model_specs(config, runtime_dir),
         [(device, config.device_memory_bytes or budget(device)) for device in open_devices(config.device)],
         dram_bytes=config.dram_bytes,
         runtime_dir=runtime_dir,
@@ -53,6 +49,15 @@ def build_manager(config: Config, runtime_dir: Path, *, gauge: Gauge | None = No
         swap=swap_settings(config),
         gauge=gauge,
     )
+
+
+def model_specs(config: Config, runtime_dir: Path) -> list[ModelSpec]:
+    """Blocks. Raises DeviceError, ConfigError for a device that is not there."""
+    specs = [model_spec(model, config) for model in config.models]
+    if any(spec.worker.engine == "vllm" for spec in specs):
+        path = search_path(runtime_dir / "vllm")
+        specs = [replace(s, environment={"PYTHONPATH": path}) if s.worker.engine == "vllm" else s for s in specs]
+    return specs
 
 
 def budget(device: Device) -> int:

@@ -242,6 +242,9 @@ class Config(BaseSettings):
     zygote: bool = Field(
         default=True, description="Fork workers from a process that has done their imports: seconds less a start."
     )
+    reload_on_change: bool = Field(
+        default=True, description="Take a new configuration as soon as its file is written; SIGHUP does so in any case."
+    )
     drain_timeout_s: Seconds = Field(default=30.0, description="How long a shutdown waits for requests under way.")
     max_wait_s: Seconds = Field(
         default=15.0, description="A request older than this may end another model's stay on the device."

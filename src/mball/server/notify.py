@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 
 import structlog
 
@@ -22,6 +23,10 @@ class Notifier:
 
     def ready(self) -> None:
         self._tell("READY=1")
+
+    def reloading(self, begins: bool) -> None:
+        """Whether it begins, or has ended."""
+        self._tell(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}" if begins else "READY=1")
 
     def stopping(self) -> None:
         self._tell("STOPPING=1")

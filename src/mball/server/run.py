@@ -12,22 +12,27 @@ import ssl
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import httpx2 as httpx
+import structlog
 import uvicorn
 
 from mball.errors import ConfigError, MballError
 from mball.memory.manager import Manager
-from mball.server.catalog import build_manager
-from mball.server.config import Config
+from mball.server.catalog import build_manager, model_specs
+from mball.server.config import Config, load_config
 from mball.server.gateway.app import create_app
+from mball.server.gateway.live import Live
 from mball.server.notify import Notifier
+from mball.server.reload import Reloader
 
+_log = structlog.get_logger(__name__)
 _READY_TIMEOUT_S = 120.0
 _STOP_MARGIN_S = 30.0
 
@@ -35,22 +40,36 @@ _STOP_MARGIN_S = 30.0
 class _Server(uvicorn.Server):
     """On the first signal the waiting requests get their 503 and those under way go on; on the second all ends."""
 
-    def __init__(self, config: uvicorn.Config, manager: Manager, notifier: Notifier) -> None:
+    def __init__(self, config: uvicorn.Config, manager: Manager, notifier: Notifier, reloader: Reloader | None) -> None:
         super().__init__(config)
         self._manager = manager
         self._notifier = notifier
-        self._alive: asyncio.Task[None] | None = None
+        self._reloader = reloader
+        self._on_terminal = _on_terminal()
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def main_loop(self) -> None:
+        self._tasks.append(asyncio.create_task(self._notifier.stay_alive(), name="watchdog"))
+        if self._reloader is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up)
+            self._tasks.append(asyncio.create_task(self._reloader.run(), name="reload"))
         self._notifier.ready()
-        self._alive = asyncio.create_task(self._notifier.stay_alive(), name="watchdog")
         await super().main_loop()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
-        if self._alive is not None:
-            self._alive.cancel()
-            await asyncio.wait({self._alive})
+        for task in self._tasks:
+            task.cancel()
+        for result in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if isinstance(result, Exception):
+                _log.error("a task of the server failed", exc_info=result)
+
+    def _hung_up(self) -> None:
+        """A terminal that closes says it, too: then nobody is left who could end the server."""
+        if self._on_terminal and not _on_terminal():
+            self.handle_exit(signal.SIGTERM, None)
+        elif self._reloader is not None:
+            self._reloader.ask()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._notifier.stopping()
@@ -72,16 +91,33 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
-def serve(config: Config, sock: socket.socket) -> None:
-    """Serves until SIGTERM or SIGINT. Blocks; owns `sock`. Raises DeviceInUse, MballError."""
-    notifier = Notifier()
+def _on_terminal() -> bool:
+    return os.isatty(sys.stderr.fileno())
+
+
+def serve(
+    config: Config, sock: socket.socket, file: Path | None = None, flags: Mapping[str, Any] | None = None
+) -> None:
+    """Serves until SIGTERM or SIGINT. Blocks; owns `sock`. Raises DeviceInUse, MballError.
+
+    The configuration is read anew from `file`, and under `flags`, as that changes and on SIGHUP.
+    """
+    notifier, live = Notifier(), Live(config)
+    if file is not None:
+        # Until it can be heeded: the default would end the process.
+        signal.signal(signal.SIGHUP, lambda *_: None)
     with _runtime_dir(config) as runtime_dir:
         tls = _tls(config)
         manager = build_manager(config, runtime_dir)
         manager.claim()
+        reloader = None
+        if file is not None:
+            read = partial(load_config, file, flags)
+            specs = partial(model_specs, runtime_dir=runtime_dir)
+            reloader = Reloader(file, read, specs, live, manager, notifier.reloading)
         server = _Server(
             uvicorn.Config(
-                create_app(manager, config),
+                create_app(manager, config, live),
                 log_config=None,
                 access_log=False,
                 lifespan="on",
@@ -92,6 +128,7 @@ def serve(config: Config, sock: socket.socket) -> None:
             ),
             manager,
             notifier,
+            reloader,
         )
         try:
             server.run(sockets=[sock])

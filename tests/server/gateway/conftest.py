@@ -18,6 +18,7 @@ from mball.memory.manager import Manager
 from mball.memory.spec import ModelSpec
 from mball.server.config import Config
 from mball.server.gateway.app import create_app
+from mball.server.gateway.live import Live
 from mball.server.run import bind
 from tests.fake_worker import command
 from tests.memory.conftest import QUICK, device, runtime_dir
@@ -30,6 +31,7 @@ class Gateway:
     manager: Manager
     url: str
     http: aiohttp.ClientSession
+    live: Live
 
     def state(self, name: str) -> dict[str, Any]:
         state: dict[str, Any] = next(m for m in self.manager.snapshot()["models"] if m["name"] == name)
@@ -59,9 +61,10 @@ async def gateway(runtime_dir: Path, device: SimulatedDevice) -> AsyncIterator[S
                 settings=QUICK,
             )
             config = Config(drain_timeout_s=1.0, **settings)
+            live = Live(config)
             sock = bind("127.0.0.1", 0)
             server = uvicorn.Server(
-                uvicorn.Config(create_app(manager, config), log_config=None, timeout_graceful_shutdown=1)
+                uvicorn.Config(create_app(manager, config, live), log_config=None, timeout_graceful_shutdown=1)
             )
             running = asyncio.create_task(server._serve([sock]))
 
@@ -73,7 +76,7 @@ async def gateway(runtime_dir: Path, device: SimulatedDevice) -> AsyncIterator[S
             stack.callback(sock.close)
             stack.push_async_callback(stop)
             http = await stack.enter_async_context(aiohttp.ClientSession())
-            gateway = Gateway(manager, f"http://127.0.0.1:{sock.getsockname()[1]}", http)
+            gateway = Gateway(manager, f"http://127.0.0.1:{sock.getsockname()[1]}", http, live)
             await gateway.until(lambda: server.started)
             return gateway
 

@@ -65,7 +65,7 @@ def serve(
         )
     scheme = "http" if loaded.tls is None else "https"
     typer.echo(f"MBALL serves {names} on {scheme}://{address[0]}:{address[1]}/v1", file=sys.stderr)
-    run.serve(loaded, sock)
+    run.serve(loaded, sock, config, flags)
 
 
 def config_schema() -> None:

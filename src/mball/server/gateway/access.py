@@ -58,14 +58,20 @@ class Key:
         models: frozenset[str] = frozenset(),
         limits: Limits | None = None,
     ) -> None:
-        self.name = name
         self.sha256 = sha256
+        self._in_flight = 0
+        self._tokens = float("inf")
+        self._at_s = time.monotonic()
+        self.change(name, admin=admin, models=models, limits=limits)
+
+    def change(
+        self, name: str, *, admin: bool = False, models: frozenset[str] = frozenset(), limits: Limits | None = None
+    ) -> None:
+        """From now on."""
+        self.name = name
         self.admin = admin
         self.models = models
         self._limits = limits or Limits()
-        self._in_flight = 0
-        self._tokens = float(self._limits.requests_per_minute or 0)
-        self._at_s = time.monotonic()
 
     def may_use(self, model: str) -> bool:
         return not self.models or model in self.models

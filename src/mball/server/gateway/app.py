@@ -19,7 +19,8 @@ from mball.memory.manager import Manager
 from mball.server import http
 from mball.server.config import Config
 from mball.server.gateway import admin
-from mball.server.gateway.access import Access, Key, Limits
+from mball.server.gateway.access import Access, Key
+from mball.server.gateway.live import Live
 from mball.server.gateway.metrics import CONTENT_TYPE, Metrics
 from mball.server.gateway.proxy import Forward, Workers
 from mball.server.gateway.requests import read_call
@@ -28,10 +29,11 @@ FORWARDED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", 
 """What reaches a worker; nothing else does."""
 
 
-def create_app(manager: Manager, config: Config) -> FastAPI:
-    """The gateway over a manager, which starts and closes with the app."""
+def create_app(manager: Manager, config: Config, live: Live | None = None) -> FastAPI:
+    """The gateway over a manager, which starts and closes with the app. `live` is what a reload replaces."""
+    live = Live(config) if live is None else live
     workers = Workers()
-    metrics = Metrics(manager, [*manager.names(), *manager.adapters()])
+    metrics = Metrics(manager)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -49,44 +51,34 @@ def create_app(manager: Manager, config: Config) -> FastAPI:
     app.add_exception_handler(MballError, http.on_mball_error)
     app.add_exception_handler(HTTPException, http.on_http_error)
     app.add_exception_handler(Exception, http.on_unexpected)
-    app.include_router(_openai(manager, workers, config, metrics))
+    app.include_router(_openai(manager, workers, live, metrics))
     app.include_router(_probes(manager))
     app.include_router(_metrics(metrics))
     app.include_router(admin.router(manager))
-    app.add_middleware(Access, keys=_keys(config))
+    app.add_middleware(Access, keys=live.keys)
     return app
 
 
-def _keys(config: Config) -> list[Key]:
-    return [
-        Key(
-            key.name,
-            key.sha256,
-            admin=key.admin,
-            models=frozenset(key.models),
-            limits=Limits(key.limits.max_in_flight, key.limits.requests_per_minute),
-        )
-        for key in config.api_keys
-    ]
-
-
-def _openai(manager: Manager, workers: Workers, config: Config, metrics: Metrics) -> APIRouter:
+def _openai(manager: Manager, workers: Workers, live: Live, metrics: Metrics) -> APIRouter:
     router = APIRouter()
     started = int(time.time())
-    adapters = manager.adapters()
 
     async def forward(request: Request) -> Response:
+        config = live.config
         call = await read_call(request, config.max_body_bytes)
         key: Key = request.state.key
         key.check_model(call.model)
-        return Forward(
+        measured = metrics.request(call.model)
+        if (served_by := manager.adapters().get(call.model)) is not None:
             # An adapter is served by its model, which finds its name in the body.
-            replace(call, model=adapters.get(call.model, call.model)),
+            call = replace(call, model=served_by)
+        return Forward(
+            call,
             key,
             request.url.path,
             manager,
             workers,
-            metrics.request(call.model),
+            measured,
             queue_timeout_s=config.queue_timeout_s,
             timeout_s=config.request_timeout_s,
             keepalive_s=config.sse_keepalive_s,
@@ -96,11 +88,12 @@ def _openai(manager: Manager, workers: Workers, config: Config, metrics: Metrics
         router.add_api_route(path, forward, methods=["POST"], response_class=Response)
 
     def card(name: str) -> dict[str, Any]:
+        adapters = manager.adapters()
         parent = {"parent": adapters[name]} if name in adapters else {}
         return {"id": name, "object": "model", "created": started, "owned_by": "mball", **parent}
 
     def names() -> list[str]:
-        return [*manager.names(), *adapters]
+        return [*manager.names(), *manager.adapters()]
 
     @router.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:

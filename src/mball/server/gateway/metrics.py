@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -34,12 +34,11 @@ _FAST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 3
 
 
 class Metrics:
-    """Of one server. `models`: the names that become labels; what others ask for counts without one, so that no client
-    makes them many."""
+    """Of one server. Names of models and adapters are labels; what others ask for counts without one, so that no
+    client makes them many."""
 
-    def __init__(self, manager: Manager, models: Collection[str]) -> None:
+    def __init__(self, manager: Manager) -> None:
         self._manager = manager
-        self._models = frozenset(models)
         self._registry = CollectorRegistry(auto_describe=False)
         by_model = ["model_name"]
         self.requests = Counter(
@@ -59,7 +58,7 @@ class Metrics:
         self._registry.register(_Ladder(manager))
 
     def request(self, model: str) -> Request:
-        return Request(self, model if model in self._models else "")
+        return Request(self, model if self._manager.serves(model) else "")
 
     def text(self) -> bytes:
         return generate_latest(self._registry)
