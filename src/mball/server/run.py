@@ -179,7 +179,8 @@ class Running:
 def running_server(arguments: list[str], *, log: Path | None = None) -> Iterator[Running]:
     """`mball serve` with these arguments in a process of its own, on a free port, from when it answers.
 
-    It is stopped at the end, its workers with it, also where this process is killed. Raises MballError where it does not come up.
+    It is stopped at the end, its workers with it, also where this process is killed. Raises MballError where it does
+    not come up.
     """
     with bind("127.0.0.1", 0) as sock, _log_file(log) as output:
         command = [sys.executable, "-m", "mball", "serve", "--fd", str(sock.fileno()), "--parent", str(os.getpid())]
