@@ -140,13 +140,16 @@ class FakeWorker:
             "kv_bytes": self.knobs.kv_bytes,
             "image_bytes": self.knobs.image_bytes or self.knobs.weights_bytes,
             "working_bytes": self.knobs.working_bytes,
-            "image_key": self.image_key,
+            # One of its own memory has no name before it is filled.
+            "image_key": None if self.spec.starts_awake else self.image_key,
             "layer_bytes": self.knobs.layer_bytes,
         }
 
     @property
     def image_key(self) -> str | None:
-        return digest("fake image", self.knobs.content or self.spec.model).hex() if self.knobs.content != "-" else None
+        whose = f" of {os.getpid()}" if self.spec.starts_awake else ""
+        content = self.knobs.content or self.spec.model
+        return digest("fake image", content + whose).hex() if self.knobs.content != "-" else None
 
     async def fault(self, step: str) -> None:
         knobs = self.knobs
@@ -263,8 +266,10 @@ class FakeWorker:
     async def attach(self, message: control.Message, fd: int | None) -> control.Message:
         if fd is None:
             raise CheckpointError("no descriptor came with the image", file=self.spec.path)
-        if self.spec.starts_awake and not self.resident:
+        if self.spec.starts_awake and not self.resident and message["state"] == "empty":
             raise TransitionError("it would be an image of nothing")
+        if self.spec.starts_awake and message["state"] == "ready" and message["key"] != self.image_key:
+            raise TransitionError("it is of another process's memory")
         self.image = fd
         if message["state"] == "ready":
             self.image_ready = True

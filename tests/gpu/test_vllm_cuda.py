@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mball.memory.spec import WorkerSpec
 from mball.server.engine_path import search_path
 from mball.server.models import random
 from mball.units import GiB, MiB
+from tests.server.worker.test_vllm_process import from_the_store
 from tests.vllm_bed import bed, damage_all
 from tests.vllm_python import vllm_python
 
@@ -147,6 +149,8 @@ async def test_its_server_as_a_worker(model: Path, tmp_path: Path) -> None:
                 woke = await worker.call("promote", deadline_s=60, epoch=epoch)
                 assert (await worker.call("canary", deadline_s=60))["ok"]
                 assert await text_of(spec.socket_path) == before
+            await worker.call("drop_image", deadline_s=60)
+            await from_the_store(worker, filled, fd, tmp_path, partial(text_of, spec.socket_path))
         finally:
             os.close(fd)
         print(json.dumps({"fill_s": filled["fill_s"], "sleep_s": slept["total_s"], "wake_s": woke["total_s"]}))  # noqa: T201

@@ -14,9 +14,10 @@ import torch
 
 from mball.device import memfd
 from mball.device.mapping import Mapping as Pages
-from mball.errors import Cancelled, TransitionError
+from mball.errors import Cancelled, SwapMiss, TransitionError
 from mball.loader.registered import PIECE_BYTES
 from mball.memory.engine_image import EngineImage, Vault
+from mball.memory.engine_stored import Reader
 from mball.memory.fingerprint import fingerprints
 from mball.units import MiB
 
@@ -264,3 +265,109 @@ def test_cancelled_before_it_begins(memory: Memory, image_fd: int) -> None:
     cancel.set()
     with pytest.raises(Cancelled):
         EngineImage.fill(memory, image_fd, 0, cancel)
+
+
+def reader(fd: int) -> Reader:
+    def read(into: memoryview, at: int) -> None:
+        assert os.preadv(fd, [into], at) == len(into)
+
+    return read
+
+
+def kept(fd: int) -> int:
+    """A copy, as a store has it."""
+    copy = os.memfd_create("copy", os.MFD_CLOEXEC)
+    os.ftruncate(copy, os.fstat(fd).st_size)
+    os.pwrite(copy, os.pread(fd, os.fstat(fd).st_size, 0), 0)
+    return copy
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+def test_what_left_with_its_image_is_read_where_the_image_went(memory: Memory, image_fd: int, asleep: bool) -> None:
+    before, vault = memory.content(), Vault(memory)
+    filled(vault, image_fd, offset=MiB)
+    name, copy = vault.name(), kept(image_fd)
+    if asleep:
+        vault.put_away(memory.segments())
+        assert vault.drop([memory.pages[2].address])
+    else:
+        vault.drop()
+        vault.forget(memory.segments())
+    swap(vault, memory)
+    assert memory.content() != before
+    vault.restore(reader(copy))
+    assert memory.content() == before
+    assert vault.name() == name
+    assert not memory.runtime.registered
+    # Once: what comes later is not to be undone.
+    with pytest.raises(SwapMiss, match="were others"):
+        vault.restore(reader(copy))
+    os.close(copy)
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+def test_an_image_that_comes_back_is_taken_again(memory: Memory, image_fd: int, asleep: bool) -> None:
+    before, vault = memory.content(), Vault(memory)
+    with pytest.raises(TransitionError, match="another process"):
+        vault.take(image_fd, lost=asleep)
+    filled(vault, image_fd)
+    copy = kept(image_fd)
+    if asleep:
+        vault.put_away(memory.segments())
+    vault.drop()
+    memfd.seal(image_fd)
+    assert vault.take(copy, lost=asleep)
+    with pytest.raises(TransitionError, match="already"):
+        vault.take(copy, lost=asleep)
+    if not asleep:
+        assert vault.put_away(memory.segments()) == 0
+    swap(vault, memory)
+    assert memory.content() == before
+    assert not vault.drop()
+    assert not memory.runtime.registered
+    os.close(copy)
+
+
+def test_weights_that_were_changed_are_not_read_from_an_image(memory: Memory, image_fd: int) -> None:
+    vault = Vault(memory)
+    filled(vault, image_fd)
+    copy = kept(image_fd)
+    vault.drop()
+    ctypes.memset(memory.pages[1].address + 7, 99, 1)
+    vault.forget(memory.segments())
+    assert not vault.take(copy, lost=True)
+    vault.drop()
+    with pytest.raises(SwapMiss, match="were others"):
+        vault.restore(reader(copy))
+    os.close(copy)
+
+
+def test_what_is_read_is_proven(memory: Memory, image_fd: int) -> None:
+    """Where its checksums are right and it is not what the weights were: it was changed while it was filled."""
+    before, vault = memory.content(), Vault(memory)
+    filled(vault, image_fd)
+    copy = kept(image_fd)
+    os.pwrite(copy, b"x", SIZES[0] + 5)
+    vault.drop()
+    vault.forget(memory.segments())
+    with pytest.raises(SwapMiss, match="not what the weights were"):
+        vault.restore(reader(copy))
+    # It may be tried again, or be had from elsewhere.
+    os.pwrite(copy, before[SIZES[0] + 5 : SIZES[0] + 6], SIZES[0] + 5)
+    vault.restore(reader(copy))
+    assert memory.content() == before
+    os.close(copy)
+
+
+def test_a_slot_that_can_not_be_read_ends_it_and_leaves_nothing(memory: Memory, image_fd: int) -> None:
+    vault = Vault(memory)
+    filled(vault, image_fd)
+    vault.drop()
+    vault.forget(memory.segments())
+
+    def read(into: memoryview, at: int) -> None:
+        raise SwapMiss("checksum", "a flipped byte")
+
+    with pytest.raises(SwapMiss, match="a flipped byte"):
+        vault.restore(read)
+    assert not memory.runtime.registered

@@ -190,6 +190,44 @@ async def test_where_the_files_are_as_fast_they_are_the_swap(begin: Begin, tmp_p
     assert came_from(running, "there") == "nvme"
 
 
+async def test_an_image_of_an_engines_own_memory_is_written_once_and_goes_with_its_worker(
+    begin: Begin, tmp_path: Path
+) -> None:
+    """On the disk that its files are on, too: it is not what they are."""
+    own = model("a", SLOW)
+    own = dataclasses.replace(
+        own, worker=dataclasses.replace(own.worker, engine="vllm", kv_cache_bytes=60 * MiB, path=str(tmp_path))
+    )
+    running = await begin(own, policy=EASY)
+    await running.ask("a")
+    assert running.manager._models["a"].image_key is None
+    await put_away(running, "a")
+    assert running.manager._models["a"].figures.source_rate.value is None
+    before = counters(running)
+    assert before["writes"] == 1
+    for _ in range(2):
+        assert running.state("a")["shown_as"] == "nvme"
+        assert await running.ask("a") == "a 1 2 3 "
+        assert came_from(running, "a") == "nvme"
+        await put_away(running, "a")
+    assert counters(running)["writes"] == 1
+    # It comes back to DRAM while its engine sleeps, too.
+    await relax(running)
+    await running.ask("a")
+    await ready(running, "a")
+    assert events(running, "image ready", "a")[-1]["filled_from"] == "nvme"
+    await put_away(running, "a")
+    os.kill(running.state("a")["pid"], signal.SIGKILL)
+    await running.until(lambda: running.state("a")["process"] == "gone")
+    assert (running.state("a")["shown_as"], running.state("a")["stored"]) == ("stopped", False)
+    await relax(running)
+    assert await running.ask("a") == "a 1 2 3 "
+    await put_away(running, "a")
+    assert counters(running)["writes"] == 2
+    assert not events(running, "image missed")
+    assert running.manager.snapshot()["books_wrong"] == []
+
+
 async def test_a_rate_that_was_never_measured_does_not_keep_an_image_out(begin: Begin, tmp_path: Path) -> None:
     running = await begin(model("a", SLOW), policy=EASY)
     await running.ask("a")

@@ -18,8 +18,10 @@ from typing import Protocol
 from mball.device import mapping
 from mball.device.cuda import Registrar
 from mball.device.host import host_threads
-from mball.errors import Cancelled, MballError, TransitionError
+from mball.errors import Cancelled, MballError, SwapMiss, TransitionError
 from mball.loader.registered import PIECE_BYTES, RegisteredImage
+from mball.memory.engine_stored import Reader, bring
+from mball.swap.place import digest
 from mball.units import format_bytes
 
 _SETTLE_S = 120.0
@@ -149,20 +151,68 @@ class Filling:
 class Vault:
     """Keeps the weights of one process of an engine while their memory is gone. Used by one thread.
 
-    `put_away` before it goes, `bring_back` and `finish` once it is there again.
+    `put_away` before it goes, `bring_back` and `finish` once it is there again. What the image was filled with is known
+    for good: it may leave, and come back by `take`, or be read from the swap store by `restore`.
     """
 
     def __init__(self, memory: EngineMemory) -> None:
         self._memory = memory
         self._filling: Filling | None = None
+        self._again: EngineImage | None = None
+        self._known: Mapping[int, Kept] = {}
         self._aside: dict[int, mapping.Mapping] = {}
         self._from_image: set[int] = set()
+        self._lost: set[int] | None = None
 
     def fill(self, fd: int, offset: int) -> None:
         """Begins to make the image. Raises TransitionError where there is one."""
-        if self._filling is not None:
-            raise TransitionError("there is an image already, or one is being filled")
+        self._none_yet()
         self._filling = Filling(self._memory, os.dup(fd), offset)
+
+    def name(self) -> str | None:
+        """SHA-256, in hexadecimal, of what is in this process's part of the image that was filled last, and where; None
+        where none was."""
+        known = self._manifest()
+        if not known:
+            return None
+        begin = min(kept.position for kept in known.values())
+        return digest(*(f"{k.position - begin} {k.nbytes} {k.fingerprint:016x}" for k in known.values())).hex()
+
+    def take(self, fd: int, *, lost: bool) -> bool:
+        """The image that was filled here once, as it comes back. `lost`: the weights are away, and are in it; whether
+        they can be had from it. Raises TransitionError where there is another, or none was filled; OSError."""
+        self._none_yet()
+        if not self._known:
+            raise TransitionError("no image was filled here, so this one is of another process's memory")
+        self._again = EngineImage(RegisteredImage(fd, self._memory.runtime), self._known)
+        if lost and self._lost is not None:
+            self._from_image, self._lost = self._lost, None
+        return not lost or bool(self._from_image)
+
+    def _none_yet(self) -> None:
+        if self._filling is not None or self._again is not None:
+            raise TransitionError("there is an image already, or one is being filled")
+
+    def forget(self, segments: Mapping[int, int]) -> None:
+        """These go without being kept. Where all of them are as they were when the image was filled, they can be had
+        from the swap store, should it have that."""
+        known = self._manifest()
+        self._lost = None
+        if segments.keys() <= known.keys() and all(known[a].nbytes == n for a, n in segments.items()):
+            with self._memory.entered():
+                prints = self._memory.fingerprints(segments)
+            if all(known[address].fingerprint == found for address, found in prints.items()):
+                self._lost = set(segments)
+
+    def restore(self, read: Reader) -> None:
+        """What was forgotten, or lost with the image, from the swap store; its memory is there again.
+
+        Raises SwapMiss; then it is still to be had from elsewhere.
+        """
+        if self._lost is None:
+            raise SwapMiss("changed", "the weights were others than those in the image")
+        bring(self._memory, {address: self._known[address] for address in self._lost}, read)
+        self._lost = None
 
     @property
     def filling(self) -> Filling | None:
@@ -173,23 +223,23 @@ class Vault:
         the segments that addresses of `still_wanted` lie in. Raises TransitionError, also while weights are away that
         were changed since: to load them again would undo that.
         """
-        filling = self._filling
-        if filling is None:
-            return False
-        filling.cancel.set()
-        filling.settle()
-        image = filling.image
+        if self._filling is not None:
+            self._filling.cancel.set()
+        image = self._settled_image()
         if image is not None and (changed := self._aside.keys() & image.segments.keys()):
             raise TransitionError(f"{len(changed)} segments of the weights were changed since they were loaded")
-        self._filling = None
+        self._filling = self._again = None
         if image is None:
             return False
+        self._known = image.segments
         for address in self._from_image:
             nbytes = image.segments[address].nbytes
             if any(address <= wanted < address + nbytes for wanted in still_wanted):
                 self._aside[address] = mapping.Mapping(nbytes)
                 image.read(address, self._aside[address].address)
         lost = bool(self._from_image)
+        if lost:
+            self._lost = self._from_image - self._aside.keys()
         self._from_image = set()
         image.close()
         return lost
@@ -230,9 +280,13 @@ class Vault:
 
     def _settled_image(self) -> EngineImage | None:
         if self._filling is None:
-            return None
+            return self._again
         self._filling.settle()
         return self._filling.image
+
+    def _manifest(self) -> Mapping[int, Kept]:
+        image = self._settled_image()
+        return self._known if image is None else image.segments
 
 
 def _pieces(segments: Mapping[int, Kept]) -> Iterator[tuple[int, int, int]]:

@@ -21,6 +21,7 @@ from mball.memory.policy import image_drops
 from mball.memory.settings import Settings
 from mball.memory.states import Process, Weights
 from mball.memory.swap_images import SwapImages
+from mball.swap.checksum import OURS
 from mball.units import format_bytes
 
 if TYPE_CHECKING:
@@ -33,12 +34,14 @@ _log = structlog.get_logger(__name__)
 @dataclass(eq=False)
 class Image:
     """A memfd that outlives workers. `ready`: filled and sealed; `key` names what is in it (None: it can't be had from
-    the swap store). `transfer` reads it from there, or writes it there; it ends with the image."""
+    the swap store), `checksum` is the kind by which its worker can check it there. `transfer` reads it from there, or
+    writes it there; it ends with the image."""
 
     fd: int
     nbytes: int
     ready: bool = False
     key: bytes | None = None
+    checksum: int = OURS
     transfer: asyncio.Task[bool] | None = None
 
 
@@ -169,7 +172,7 @@ class Images:
             await self._fill(model, worker, image)
 
     async def _fill(self, model: Model, worker: WorkerProcess, image: Image) -> None:
-        """From the source."""
+        """From the source, or by what its engine has made of it."""
         try:
             filled = await worker.call("image", deadline_s=self._settings.image_s, fd=image.fd, state="empty")
             if model.image is not image:  # given up meanwhile, and its descriptor may be another's by now
@@ -181,9 +184,13 @@ class Images:
                 await self.drop(model, "it could not be filled")
             return
         fill_s = float(filled.get("fill_s", 0.0))
-        if fill_s > 0:
-            model.figures.source_rate.add(image.nbytes / fill_s)
         image.key = None if (key := filled.get("key")) is None else bytes.fromhex(key)
+        image.checksum = int(filled.get("checksum", OURS))
+        if model.spec.worker.starts_awake:
+            # Of its memory, not of its files: it has a name only now.
+            model.name_image(image.key)
+        elif fill_s > 0:
+            model.figures.source_rate.add(image.nbytes / fill_s)
         self._ready(model, image, fill_s, Weights.SOURCE)
 
     async def _fetch(self, model: Model, image: Image) -> None:

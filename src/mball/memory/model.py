@@ -120,6 +120,11 @@ class Model:
         """Names its image by its content, as its worker said."""
         return None if self.hello is None else self.hello.image_key
 
+    def name_image(self, key: bytes | None) -> None:
+        """Where its worker could not say before what would be in it. None: not any more."""
+        if self.hello is not None:
+            self.hello = replace(self.hello, image_key=key)
+
     @property
     def needs(self) -> Needs | None:
         """What it takes of the device, by part: as its worker announced, else as it was when one last lived, else as

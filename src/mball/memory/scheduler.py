@@ -148,8 +148,8 @@ class Scheduler:
         held, hello, keep_alive_s = self._ledger.held(model.name), model.hello, model.spec.keep_alive_s
         context_bytes = model.starting_bytes + (0 if model.context_bytes else self._slot.device.context_bytes)
         fills = model.image is None and hello is not None and model.name not in self._unfilled
-        # An image of memory that is not there would be one of nothing.
-        fills = fills and (model.on_device or not model.spec.worker.starts_awake)
+        # An image of memory that is not there would be one of nothing, unless the swap store has it.
+        fills = fills and (model.on_device or model.stored or not model.spec.worker.starts_awake)
         return Standing(
             model.candidate(held),
             model.number,

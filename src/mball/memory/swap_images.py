@@ -75,7 +75,14 @@ class SwapImages:
         began = time.monotonic()
         try:
             written = await service.put_image(
-                key, MODEL, image.fd, image.nbytes, saved_s=saved_s, rate=uses, deadline_s=within_s
+                key,
+                MODEL,
+                image.fd,
+                image.nbytes,
+                saved_s=saved_s,
+                rate=uses,
+                deadline_s=within_s,
+                kind=image.checksum,
             )
         except SwapRefused as error:
             if error.reason == "busy":
@@ -138,11 +145,13 @@ class SwapImages:
         return took
 
     async def _worth_it(self, store: Path, model: Model) -> bool:
-        """An image is the shards as they are: where these are read as fast, they are the swap."""
+        """An image is the shards as they are: where these are read as fast, they are the swap. One of an engine's own
+        memory is not, and spares what the engine makes of them."""
         if self._settings.swap_weights != "auto":
             return self._settings.swap_weights == "always"
         source, rate = model.figures.source_rate.value, self.read_rate.value
-        if await asyncio.to_thread(_one_disk, store, Path(model.spec.worker.path)):
+        own = model.spec.worker.starts_awake
+        if not own and await asyncio.to_thread(_one_disk, store, Path(model.spec.worker.path)):
             return False
         return source is None or rate is None or source < rate
 

@@ -341,6 +341,8 @@ class Transitions:
         model.measured_bytes = model.ballooned_bytes = model.spare_bytes = model.layer_bytes = 0
         if model.spec.worker.starts_awake:
             await self._images.forget(model, "it is of its worker's memory, which is gone")
+            model.name_image(None)
+            self._images.swap.look(model)
         model.state = model.state.to(Process.GONE, model.rest)
         if ended:
             self._events.record("ended", model.name, f"exit code {worker.exit_code}", level="warning", pid=worker.pid)

@@ -74,6 +74,8 @@ class SleepingCpuWorker(Rpc, vllm_compat.cpu_worker()):  # type: ignore[misc]
         weights = self._memory()
         if level == 1:
             self.mball_vault().put_away(weights.segments())
+        else:
+            self.mball_vault().forget(weights.segments())
         weights.release()
         HostMemory(vllm_compat.kv_caches_of(self)).release()
 

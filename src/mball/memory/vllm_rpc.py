@@ -1,6 +1,6 @@
 """What the manager's side may ask of each of an engine's processes, by vLLM's `collective_rpc`.
 
-Arguments and results are plain JSON. Nothing here waits: the engine computes meanwhile.
+Arguments and results are plain JSON. Nothing here waits while the engine computes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import gc
 import os
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mball.errors import SwapMiss
 from mball.loader import vllm_compat
+from mball.memory.engine_stored import stored
 from mball.memory.fingerprint import fingerprint_of
 
 if TYPE_CHECKING:
@@ -41,9 +43,29 @@ class Rpc:
             os.close(fd)
 
     def mball_image(self: Process) -> dict[str, Any]:
-        """`state`: none, filling, ready or failed, then with an `error`."""
-        filling = self.mball_vault().filling
-        return {"state": "none"} if filling is None else {"state": filling.state, "error": filling.error}
+        """`state`: none, filling, ready with the `name` of what is in it, or failed with an `error`."""
+        vault = self.mball_vault()
+        if (filling := vault.filling) is None:
+            return {"state": "none"}
+        name = vault.name() if filling.state == "ready" else None
+        return {"state": filling.state, "error": filling.error, "name": name}
+
+    def mball_take_image(self: Process, path: str, lost: bool) -> dict[str, Any]:
+        """The image at `path` is the one that was filled here; `whole`: nothing more is needed for a wake."""
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return {"whole": self.mball_vault().take(fd, lost=lost)}
+        finally:
+            os.close(fd)
+
+    def mball_restore(self: Process, path: str, slots: dict[str, Any], place: dict[str, Any]) -> dict[str, Any]:
+        """Weights that were forgotten, straight from the swap store; `missed`: why not (None: they are there)."""
+        try:
+            with stored(path, slots, place) as read:
+                self.mball_vault().restore(read)
+        except SwapMiss as miss:
+            return {"missed": miss.reason, "why": str(miss)}
+        return {"missed": None}
 
     def mball_drop_image(self: Process) -> dict[str, Any]:
         """Ends a filling under way, and lets go of the image; `lost`: the parameters, which were in it alone. What no

@@ -20,7 +20,10 @@ class Sleeper:
         """Level 1 keeps all but the KV cache; level 2 forgets the weights too."""
         forgotten = {KV_TAG} if level == 1 else {KV_TAG, WEIGHTS_TAG}
         awake = {a: data for a, data in self._cumem.allocations().items() if not data.is_asleep}
-        self.vault.put_away({a: int(data.handle[1]) for a, data in awake.items() if data.tag not in forgotten})
+        nbytes = {a: int(data.handle[1]) for a, data in awake.items()}
+        self.vault.put_away({a: n for a, n in nbytes.items() if awake[a].tag not in forgotten})
+        if WEIGHTS_TAG in forgotten:
+            self.vault.forget({a: n for a, n in nbytes.items() if awake[a].tag == WEIGHTS_TAG})
         self._unmap(awake.values())
 
     def wake(self, tags: Collection[str] | None) -> None:

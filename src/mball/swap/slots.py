@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mball.errors import SwapMiss
+from mball.swap.checksum import OURS
 from mball.swap.disk import Disk, aligned, is_aligned
 from mball.swap.layout import BLOCK_BYTES, Layout, whole_blocks
 from mball.swap.place import HEADER_BYTES, Place, Run, difference, header, kind_of
@@ -55,8 +56,8 @@ class Slots:
         """A leased entry's payload, all of it; the bytes written. Not synced. Raises OSError."""
         return sum(self.write_run(place, run, content) for run in self.runs(place))
 
-    def write_run(self, place: Place, run: Run, content: memoryview) -> int:
-        """One system call of `runs`; `content` is the whole entry's. Raises OSError."""
+    def write_run(self, place: Place, run: Run, content: memoryview, kind: int = OURS) -> int:
+        """One system call of `runs`; `content` is the whole entry's, `kind` its checksum's. Raises OSError."""
         slot_bytes = self.layout.slot_bytes
         content = content[run.ordinal * slot_bytes : min(place.nbytes, (run.ordinal + run.slots) * slot_bytes)]
         straight = not self.disk.direct or is_aligned(content)
@@ -65,7 +66,7 @@ class Slots:
         for number in range(run.slots):
             payload = content[number * slot_bytes : (number + 1) * slot_bytes]
             block = headers[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
-            block[:HEADER_BYTES] = header(place, run.ordinal + number, payload, self.store_id)
+            block[:HEADER_BYTES] = header(place, run.ordinal + number, payload, self.store_id, kind)
             if not straight or len(payload) % BLOCK_BYTES:
                 payload = self._padded(payload, number)
             parts += [block, payload]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,19 @@ import pytest
 from mball.device import memfd, proc
 from mball.device.cpu import CpuDevice
 from mball.errors import VerbFailed, WorkerNotStarted
+from mball.memory.events import Events
 from mball.memory.process import Hello, WorkerProcess
 from mball.memory.settings import Settings
 from mball.memory.spec import WorkerSpec
+from mball.memory.swap_broker import SwapBroker
+from mball.memory.swap_images import MODEL
+from mball.memory.swap_keeper import SwapKeeper
 from mball.server.engine_path import search_path
+from mball.swap.place import Place
 from mball.units import MiB
 from tests.demo_models import demo_model
+from tests.swap.stores import settings
+from tests.vllm_bed import damage_all
 from tests.vllm_python import vllm_python
 
 WEIGHTS_BYTES = 256 * MiB
@@ -107,22 +118,68 @@ async def test_its_life(folder: Path) -> None:
             await worker.call("demote", deadline_s=60, epoch=4)
             await worker.call("drop_image", deadline_s=60)
             assert not image_is_mapped(worker.pid, os.fstat(fd).st_ino)
-            await worker.call("promote", deadline_s=60, epoch=4)
+            assert (await worker.call("promote", deadline_s=60, epoch=4))["weights_from"] == "source"
+            assert await text_of(spec.socket_path) == before
+            await from_the_store(worker, filled, fd, folder, partial(text_of, spec.socket_path))
         finally:
             os.close(fd)
-        assert await text_of(spec.socket_path) == before
 
         with pytest.raises(VerbFailed, match="epoch 3"):
             await worker.call("demote", deadline_s=60, epoch=3)
         with pytest.raises(VerbFailed, match="can't be made smaller"):
-            await worker.call("balloon", deadline_s=60, epoch=4, bytes=MiB, gently=False)
-        assert await worker.call("balloon", deadline_s=60, epoch=4, bytes=0, gently=False) == {"ballooned_bytes": 0}
+            await worker.call("balloon", deadline_s=60, epoch=9, bytes=MiB, gently=False)
+        assert await worker.call("balloon", deadline_s=60, epoch=9, bytes=0, gently=False) == {"ballooned_bytes": 0}
         family = proc.family(worker.pid)
         assert len(family) > 2
     finally:
         await worker.stop(Settings(verb_s=20))
     assert worker.exit_code == 0
     assert [pid for pid in family if proc.start_ticks(pid) is not None] == []
+
+
+async def from_the_store(
+    worker: WorkerProcess, filled: dict[str, Any], fd: int, folder: Path, ask: Callable[[], Awaitable[Any]]
+) -> None:
+    """Its image is in the swap store and nowhere else, then back in DRAM, then damaged in the store. Epochs 5 to 8."""
+    before = await ask()
+    key, nbytes = bytes.fromhex(filled["key"]), filled["bytes"]
+    keeper = SwapKeeper(settings(folder / "swap", size_bytes=nbytes + 16 * MiB, slot_bytes=MiB), Events())
+    assert await keeper.open()
+    assert keeper.service is not None
+    try:
+        await SwapBroker(keeper, 30.0).introduce(worker)
+        put = partial(keeper.service.put_image, saved_s=1.0, rate=1.0, deadline_s=120, kind=filled["checksum"])
+        assert await put(key, MODEL, fd, nbytes) > nbytes
+        assert await put(key, MODEL, fd, nbytes) == 0
+        place = keeper.service.store.find(key, MODEL)
+
+        async def there_and_back(epoch: int, place: Place) -> dict[str, Any]:
+            said = json.dumps(place.to_wire()).encode()
+            place_fd = memfd.create("place", len(said))
+            os.pwrite(place_fd, said, 0)
+            await worker.call("demote", deadline_s=60, epoch=epoch)
+            try:
+                done = await worker.call("promote", deadline_s=120, epoch=epoch, fd=place_fd)
+            finally:
+                os.close(place_fd)
+            assert await ask() == before
+            return {name: done[name] for name in ("weights_from", "missed") if name in done}
+
+        assert await there_and_back(5, place) == {"weights_from": "nvme"}
+        assert await there_and_back(6, replace(place, key=MODEL)) == {"weights_from": "source", "missed": "changed"}
+        # In DRAM once more, it is what it was: asleep, it is taken in place of what was forgotten.
+        await worker.call("demote", deadline_s=60, epoch=7)
+        with pytest.raises(VerbFailed, match="another in every process"):
+            await worker.call("image", deadline_s=60, fd=fd, state="ready", key=MODEL.hex())
+        await worker.call("image", deadline_s=60, fd=fd, state="ready", key=key.hex())
+        assert image_is_mapped(worker.pid, os.fstat(fd).st_ino)
+        assert (await worker.call("promote", deadline_s=60, epoch=7))["weights_from"] == "dram"
+        assert await ask() == before
+        await worker.call("drop_image", deadline_s=60)
+        damage_all(keeper.service)
+        assert await there_and_back(8, place) == {"weights_from": "source", "missed": "checksum"}
+    finally:
+        await keeper.close()
 
 
 async def asleep_and_back(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Iterator
 
 from mball.errors import TransitionError
 from mball.memory.control import Message
+from mball.swap.place import Place
 
 
 class Fence:
@@ -31,6 +33,16 @@ def no_descriptor(fd: int | None) -> None:
     if fd is not None:
         os.close(fd)
         raise TransitionError("a descriptor came with a verb that takes none")
+
+
+def place_of(fd: int) -> Place:
+    """Where in the swap store an image is, as JSON in a memfd says, which is closed. Raises TransitionError."""
+    try:
+        return Place.from_wire(json.loads(os.pread(fd, os.fstat(fd).st_size, 0)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TransitionError(f"promote: its descriptor says no place: {error!r}") from None
+    finally:
+        os.close(fd)
 
 
 @contextlib.contextmanager

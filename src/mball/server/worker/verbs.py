@@ -6,7 +6,6 @@ import asyncio
 import ctypes
 import dataclasses
 import gc
-import json
 import os
 import threading
 import time
@@ -22,7 +21,7 @@ from mball.loader.registered import IMAGES
 from mball.memory.control import Asker, Channel, ChannelClosed, Handler, Message
 from mball.server.engine.api import GenerateRequest, Output, Promoted, SamplingParams
 from mball.server.engine.resident import Progress, torch_device
-from mball.server.worker.manners import Fence, no_descriptor
+from mball.server.worker.manners import Fence, no_descriptor, place_of
 from mball.server.worker.service import Service
 from mball.server.worker.swap_client import RemoteBlockStore
 from mball.server.worker.threads import in_thread
@@ -87,7 +86,7 @@ class Verbs:
 
     async def _promote(self, message: Message, fd: int | None) -> Message:
         """With a descriptor: of JSON that says where in the swap store the image is."""
-        place = None if fd is None else await in_thread(lambda: _place(fd))
+        place = None if fd is None else await in_thread(lambda: place_of(fd))
         async with self._moving:
             self._fence.check(message)
             progress = _Progress(self._channel)
@@ -326,13 +325,3 @@ def trimmed_private_bytes() -> int:
 def _registered(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         _log.warning("image not registered ahead of need", error=str(error))
-
-
-def _place(fd: int) -> Place:
-    """Closes the descriptor. Raises TransitionError."""
-    try:
-        return Place.from_wire(json.loads(os.pread(fd, os.fstat(fd).st_size, 0)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TransitionError(f"promote: its descriptor says no place: {error!r}") from None
-    finally:
-        os.close(fd)

@@ -171,7 +171,8 @@ async def _answer(
                 "working_bytes": None if awake.free_bytes is None else 0,
             }
         )
-        await control.serve(channel, VllmVerbs(spec, client, awake, loaded, stopping.set, door).table(), asker)
+        with contextlib.closing(VllmVerbs(spec, client, awake, loaded, stopping.set, door)) as verbs:
+            await control.serve(channel, verbs.table(), asker)
 
 
 async def _until_healthy(client: VllmClient) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from mball.device import proc
 from mball.errors import TransitionError
 from mball.memory.control import Handler, Message
 from mball.memory.spec import WorkerSpec
-from mball.server.worker.manners import Fence, no_descriptor
+from mball.server.worker.manners import Fence, no_descriptor, place_of
 from mball.server.worker.vllm_door import Door
 from mball.server.worker.vllm_http import VllmClient
+from mball.swap.checksum import OURS
+from mball.swap.place import Place, digest
 from mball.units import format_bytes
 
 MOVE_S = 300.0
@@ -85,6 +88,8 @@ class VllmVerbs:
         self._moving = asyncio.Lock()
         self._fence = Fence()
         self._image = self._filling = False
+        self._key: str | None = None
+        self._store: tuple[int, Message] | None = None
         self._asleep: int | None = None
         self._fingerprints = loaded
         # An adapter's weights are in none of the model's files.
@@ -104,26 +109,53 @@ class VllmVerbs:
             "stop": self._stopped,
         }
 
+    def close(self) -> None:
+        """Idempotent. The engine has ended."""
+        if self._store is not None:
+            os.close(self._store[0])
+            self._store = None
+
     async def _promote(self, message: Message, fd: int | None) -> Message:
-        no_descriptor(fd)
+        """With a descriptor: of JSON that says where in the swap store the image is."""
+        place = None if fd is None else await asyncio.to_thread(place_of, fd)
         began = time.perf_counter()
         async with self._moving:
             self._fence.check(message)
+            came = {"weights_from": "dram"}
             if self._asleep == 1:
                 await self._client.post("/wake_up", deadline_s=MOVE_S)
             elif self._asleep == 2:
-                await self._reload()
+                came = await self._bring_back(place)
             self._asleep = None
             took = time.perf_counter() - began
-            return {"weights_bytes": self._awake.weights_bytes, "load_s": took, "total_s": took}
+            return {"weights_bytes": self._awake.weights_bytes, "load_s": took, "total_s": took, **came}
 
-    async def _reload(self) -> None:
-        """The weights from their files; what vLLM makes of them has to be what it was."""
+    async def _bring_back(self, place: Place | None) -> dict[str, str]:
+        """The weights from the swap store, else from their files; what comes of them has to be what it was."""
         await self._client.post("/wake_up?tags=weights", deadline_s=MOVE_S)
-        await self._client.rpc("reload_weights", deadline_s=MOVE_S)
+        came = {"weights_from": "nvme"}
+        if (missed := await self._restore(place)) is not None:
+            came = {"weights_from": "source"} if place is None else {"weights_from": "source", "missed": missed}
+            await self._client.rpc("reload_weights", deadline_s=MOVE_S)
         if await fingerprints(self._client) != self._fingerprints:
             raise TransitionError(f"{self._spec.model}: after a reload its weights are not what they were before")
         await self._client.post("/wake_up?tags=kv_cache", deadline_s=MOVE_S)
+        return came
+
+    async def _restore(self, place: Place | None) -> str | None:
+        """Why the weights could not be had from the swap store; None where they were."""
+        if place is None or self._store is None:
+            return "absent"
+        if place.key.hex() != self._key:
+            return "changed"
+        fd, slots = self._store
+        arguments = [f"/proc/{os.getpid()}/fd/{fd}", slots, place.to_wire()]
+        parts = await self._client.rpc("mball_restore", arguments, deadline_s=MOVE_S)
+        missed = [part for part in parts if part["missed"] is not None]
+        if not missed:
+            return None
+        sys.stderr.write(f"its image was not read from the swap store: {missed[0]['why']}\n")
+        return str(missed[0]["missed"])
 
     async def _demote(self, message: Message, fd: int | None) -> Message:
         """With an image nothing is copied; without one the weights are forgotten, and read again from their files."""
@@ -171,8 +203,19 @@ class VllmVerbs:
         if fd is None:
             raise TransitionError("image: no descriptor came with it")
         try:
-            if message.get("state") != "empty":
-                raise TransitionError("image: vLLM's memory is another in every process: only it can fill its image")
+            match message.get("state"):
+                case "empty":
+                    return await self._fill(fd)
+                case "ready":
+                    return await self._take_again(fd, message.get("key"))
+                case state:
+                    raise TransitionError(f"image: its state is 'empty' or 'ready', not {state!r}")
+        finally:
+            os.close(fd)
+
+    async def _fill(self, fd: int) -> Message:
+        """`key` names what is in it, `checksum` is the kind that its slots are to be written with."""
+        try:
             began = time.perf_counter()
             async with self._moving:
                 if self._asleep is not None:
@@ -181,19 +224,33 @@ class VllmVerbs:
                 path = f"/proc/{os.getpid()}/fd/{fd}"
                 await self._client.rpc("mball_fill_image", [path, offsets], deadline_s=ANSWER_S)
                 self._filling = True
-            await self._filled()
+            names = await self._filled()
             self._image = True
-            return {"bytes": sum(self._awake.image_bytes), "fill_s": time.perf_counter() - began}
+            self._key = digest("mball engine image", *names).hex()
+            filled = {"bytes": sum(self._awake.image_bytes), "fill_s": time.perf_counter() - began}
+            return {**filled, "key": self._key, "checksum": OURS}
         finally:
             self._filling = False
-            os.close(fd)
 
-    async def _filled(self) -> None:
+    async def _take_again(self, fd: int, key: Any) -> Message:
+        """The image that was filled here once, and has been in the swap store since."""
+        async with self._moving:
+            if self._key is None or key != self._key:
+                raise TransitionError("image: vLLM's memory is another in every process: only it can fill its image")
+            arguments = [f"/proc/{os.getpid()}/fd/{fd}", self._asleep == 2]
+            parts = await self._client.rpc("mball_take_image", arguments, deadline_s=ANSWER_S)
+            self._image = True
+            if self._asleep == 2 and all(part["whole"] for part in parts):
+                self._asleep = 1
+        return {}
+
+    async def _filled(self) -> list[str]:
+        """What is in the parts of the processes."""
         async with asyncio.timeout(MOVE_S):
             while True:
                 parts = await self._client.rpc("mball_image", deadline_s=ANSWER_S)
                 if all(part["state"] == "ready" for part in parts):
-                    return
+                    return [str(part["name"]) for part in parts]
                 if ended := [part for part in parts if part["state"] not in ("ready", "filling")]:
                     raise TransitionError(f"image: {ended[0].get('error') or 'given up'}")
                 await asyncio.sleep(_IMAGE_POLL_S)
@@ -213,10 +270,12 @@ class VllmVerbs:
         """The swap store: the descriptor of its file, and its layout under `slots`."""
         if fd is None:
             raise TransitionError("swap: no descriptor came with it")
-        if self._door is None:
+        if self._store is not None:
             os.close(fd)
-            return {}
-        await self._door.give(fd, message.get("slots", {}))
+            raise TransitionError("swap: it is there already")
+        self._store = (fd, message.get("slots", {}))
+        if self._door is not None:
+            await self._door.give(os.dup(fd), self._store[1])
         return {}
 
     async def _canary(self, message: Message, fd: int | None) -> Message:
