@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from mball.loader.source import ImageReader
+from mball.server.engine.grammar import Grammar
 from mball.swap.block_store import BlockStore
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -43,13 +44,14 @@ class SamplingParams:
 class GenerateRequest:
     """One sequence to continue. `prompt` holds at least one token id. Sequences share KV only where their `cache_salt`
     is the same (vLLM's name): one a tenant keeps tenants apart. A `probe` is nobody's request: it tells nothing of what
-    requests take."""
+    requests take. A `grammar` is this sequence's own; no token breaks it."""
 
     request_id: str
     prompt: Sequence[int]
     sampling: SamplingParams
     cache_salt: str | None = None
     probe: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

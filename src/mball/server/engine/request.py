@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field
 
 from mball.server.engine.api import Emit, FinishReason, GenerateRequest, Logprob, Output, SamplingParams
+from mball.server.engine.grammar import Grammar
 from mball.server.engine.sampler import Drawn, Row
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ class Request:
     counts: dict[int, int] = field(default_factory=dict)
     prompt_logprobs: list[Logprob | None] | None = None
     probe: bool = False
+    grammar: Grammar | None = None
     finished: bool = False
 
     @classmethod
@@ -33,7 +35,15 @@ class Request:
         num_prompt = len(request.prompt)
         max_length = min(num_prompt + request.sampling.max_tokens, max_model_len)
         wanted: list[Logprob | None] | None = [None] if request.sampling.prompt_logprobs else None
-        return cls(request.sampling, emit, num_prompt, max_length, prompt_logprobs=wanted, probe=request.probe)
+        return cls(
+            request.sampling,
+            emit,
+            num_prompt,
+            max_length,
+            prompt_logprobs=wanted,
+            probe=request.probe,
+            grammar=request.grammar,
+        )
 
     @property
     def counts_matter(self) -> bool:
@@ -41,7 +51,7 @@ class Request:
 
     def row(self, length: int) -> Row:
         """What the sampler needs to draw the token at index `length`."""
-        return Row(self.sampling, length, length - self.num_prompt, self.counts)
+        return Row(self.sampling, length, length - self.num_prompt, self.counts, self.grammar)
 
     def accept(self, drawn: Drawn, length: int, num_cached: int = 0) -> Output:
         """The output for a drawn token that makes the sequence `length` tokens long; of its prompt so many tokens were
@@ -49,6 +59,8 @@ class Request:
         token = drawn.token_id
         if token is None:
             return Output(None, finish_reason="error", error="the model's logits are not finite")
+        if self.grammar is not None and not self.grammar.accept(token):
+            return Output(None, finish_reason="error", error=f"its grammar: {self.grammar.error}")
         if self.counts_matter:
             self.counts[token] = self.counts.get(token, 0) + 1
         reason: FinishReason | None = None

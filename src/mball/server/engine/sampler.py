@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mball.server.engine.api import Logprob, SamplingParams
+from mball.server.engine.grammar import Grammar
 
 _MASK64 = (1 << 64) - 1
 _GREEDY_BELOW = 1e-5
@@ -25,13 +27,15 @@ _CANDIDATES = 1024
 class Row:
     """One sequence that draws a token. `position` is the index that the new token will have.
 
-    `counts` says how often each token stands in the output so far (kept only where a penalty needs it).
+    `counts` says how often each token stands in the output so far (kept only where a penalty needs it). A `grammar`
+    allows what is drawn.
     """
 
     params: SamplingParams
     position: int
     num_output: int
     counts: dict[int, int] = field(default_factory=dict)
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Drawn]:
     raw = logits.float()
     best, greedy_ids = raw.max(-1)
     tokens = greedy_ids
-    adjusted = _adjust(raw, rows)
+    adjusted = _constrain(_adjust(raw, rows), rows)
     if adjusted is not raw:
         tokens = adjusted.argmax(-1)
     drawing = [index for index, row in enumerate(rows) if row.params.temperature > _GREEDY_BELOW]
@@ -109,6 +113,17 @@ def _adjust(raw: Tensor, rows: Sequence[Row]) -> Tensor:
         return raw
     where = (torch.tensor(at_rows, device=raw.device), torch.tensor(at_tokens, device=raw.device))
     return raw.index_put(where, torch.tensor(deltas, device=raw.device), accumulate=True)
+
+
+def _constrain(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Logits without the tokens that a row's grammar forbids; `logits` itself where no row has one."""
+    bound = [(index, row.grammar) for index, row in enumerate(rows) if row.grammar is not None]
+    if not bound:
+        return logits
+    allowed = np.stack([grammar.allowed(logits.shape[-1]) for _, grammar in bound])
+    at = torch.tensor([index for index, _ in bound], device=logits.device)
+    forbidden = torch.from_numpy(~allowed).to(logits.device)
+    return logits.index_copy(0, at, logits[at].masked_fill(forbidden, float("-inf")))
 
 
 def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mball.errors import InvalidRequest, MballError
 from mball.server import http, tenants
+from mball.server.engine.grammar import Grammar
 from mball.server.tenants import salted
 from mball.server.worker.answers import Answer
 from mball.server.worker.embeddings import answer_embeddings
@@ -101,8 +102,20 @@ async def _chat(service: Service, body: bytes, tenant: str) -> Response:
     prompt = await service.in_text_thread(lambda: service.tokenizer.encode_chat(request.messages, engine.max_model_len))
     wanted = Wanted(request.wanted_tokens, request.wanted_logprobs)
     params = sampling_params(request, wanted, len(prompt), engine, service.spec.max_logprobs)
-    jobs = [Job(prompt, sampling, salted(tenant, request.cache_salt)) for sampling in params]
+    grammar = await _grammar(service, request)
+    jobs = [
+        Job(prompt, sampling, salted(tenant, request.cache_salt), None if grammar is None else grammar.copy())
+        for sampling in params
+    ]
     return _answer(service, request, jobs, ChatFormat(service.tokenizer, wanted.logprobs), len(prompt))
+
+
+async def _grammar(service: Service, request: ChatRequest) -> Grammar | None:
+    """What each choice is kept to."""
+    schema = request.response_format
+    if schema is None:
+        return None
+    return await service.grammar(lambda grammars: grammars.of_schema(schema, "response_format"))
 
 
 async def _completions(service: Service, body: bytes, tenant: str) -> Response:

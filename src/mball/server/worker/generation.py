@@ -14,6 +14,7 @@ from typing import Literal
 
 from mball.errors import MballError, RequestError, Unavailable
 from mball.server.engine.api import GenerateRequest, Generator, Output, SamplingParams
+from mball.server.engine.grammar import Grammar
 from mball.server.worker.detokenizer import Detokenizer
 from mball.server.worker.stops import StopStrings
 from mball.server.worker.tokenizer import Tokenizer
@@ -40,11 +41,12 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One choice: a prompt and how it is continued, and with whom it shares KV."""
+    """One choice: a prompt and how it is continued, with whom it shares KV, and a grammar of its own."""
 
     prompt: Sequence[int]
     sampling: SamplingParams
     cache_salt: str | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(slots=True)
@@ -159,7 +161,7 @@ class Generation:
     async def __aenter__(self) -> Generation:
         try:
             for index, (job, request_id) in enumerate(zip(self._jobs, self._ids, strict=True)):
-                request = GenerateRequest(request_id, job.prompt, job.sampling, job.cache_salt)
+                request = GenerateRequest(request_id, job.prompt, job.sampling, job.cache_salt, grammar=job.grammar)
                 self._engine.submit(request, partial(self._inbox.put, index))
         except MballError:
             self._abort()

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from mball.errors import InvalidRequest
 from mball.server.worker.messages import ChatMessage, encodable, read_messages
+from mball.server.worker.structured import read_response_format
 
 MAX_CHOICES = 128
 """Choices of one request, over all its prompts."""
@@ -134,10 +135,13 @@ class SamplingRequest(Request):
 
 
 class ChatRequest(SamplingRequest):
+    """`response_format` is the JSON text of the schema that is asked for."""
+
     messages: Annotated[list[ChatMessage], BeforeValidator(read_messages)]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0)
+    response_format: Annotated[str | None, BeforeValidator(read_response_format)] = None
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -145,6 +149,10 @@ class ChatRequest(SamplingRequest):
             raise InvalidRequest("`top_logprobs` needs `logprobs`: true", param="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise InvalidRequest("`max_tokens` and `max_completion_tokens` differ; give one", param="max_tokens")
+        if self.response_format is not None:
+            for name in ("ignore_eos", "min_tokens"):
+                if getattr(self, name):
+                    raise InvalidRequest(f"`{name}`: JSON of a schema ends where it ends", param=name)
         return self
 
     @property

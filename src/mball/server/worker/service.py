@@ -13,8 +13,10 @@ from mball import __version__
 from mball.errors import Draining, InvalidRequest, MballError, UnknownModel
 from mball.memory.spec import WorkerSpec
 from mball.server.engine.api import Embedder, Generator
+from mball.server.engine.grammar import Grammar
 from mball.server.worker.generation import Generation, Job, NotResident
 from mball.server.worker.protocol import TokenIds
+from mball.server.worker.structured import Grammars
 from mball.server.worker.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
@@ -35,6 +37,9 @@ class Service:
         self._live: set[Generation] = set()
         # Long texts take long to tokenise; the loop has streams to feed meanwhile.
         self._text_threads = ThreadPoolExecutor(2, thread_name_prefix="text")
+        # Schemas take longest; one at a time, and texts do not wait for them.
+        self._schema_thread = ThreadPoolExecutor(1, thread_name_prefix="schema")
+        self._grammars: Grammars | None = None
 
     def generator(self, path: str) -> Generator:
         """Raises InvalidRequest where the model embeds."""
@@ -78,7 +83,8 @@ class Service:
         """The process ends: so does every request."""
         self._closed = True
         self._interrupt(Draining(f"{self.spec.model}: its worker is stopping", retry_after_s=1.0))
-        self._text_threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._text_threads, self._schema_thread):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _interrupt(self, error: MballError) -> None:
         for generation in self._live:
@@ -134,6 +140,18 @@ class Service:
         if max(ids) >= engine.vocab_size:
             raise InvalidRequest(f"{max(ids)} is no token id: the vocabulary has {engine.vocab_size} tokens")
         return ids
+
+    async def grammar(self, compiled: Callable[[Grammars], Grammar]) -> Grammar:
+        """Raises what `compiled` raises, and Draining."""
+        engine = self.generator("structured output")
+
+        def compile_it() -> Grammar:
+            if self._grammars is None:
+                self._grammars = Grammars(self.tokenizer, engine.vocab_size, engine.eos_token_ids)
+            return compiled(self._grammars)
+
+        self._check_not_stopping()
+        return await asyncio.get_running_loop().run_in_executor(self._schema_thread, compile_it)
 
     async def in_text_thread(self, function: Callable[[], _T]) -> _T:
         """Raises what the function raises, and Draining."""

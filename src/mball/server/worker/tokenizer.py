@@ -61,6 +61,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size()
 
+    def serialized(self) -> str:
+        """As tokenizer.json has it."""
+        return str(self._backend.to_str())
+
     def encode(self, text: str, limit: int, *, special: bool = True) -> Ids:
         """A prompt's ids, where `special` with what the tokenizer itself puts around a text (BOS, [CLS] … [SEP]).
 

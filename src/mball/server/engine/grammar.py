@@ -1,0 +1,35 @@
+"""What a sequence may still say, as a set of tokens (llguidance, https://github.com/guidance-ai/llguidance)."""
+
+from __future__ import annotations
+
+import llguidance
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Grammar:
+    """One sequence's, from its first token on: the engine's thread owns it once the sequence is submitted.
+
+    Past what the grammar's limits allow it is in error, and takes no token any more.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self._matcher = matcher
+
+    def copy(self) -> Grammar:
+        return Grammar(self._matcher.deep_copy())
+
+    @property
+    def error(self) -> str | None:
+        text = self._matcher.get_error()
+        return text.partition("<non-verbose/>")[0].strip() if text else None
+
+    def allowed(self, vocab_size: int) -> NDArray[np.bool_]:
+        """(vocab_size,): which tokens may come next; the end token among them where the text is whole."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        return np.unpackbits(bits, count=vocab_size, bitorder="little").view(np.bool_)
+
+    def accept(self, token_id: int) -> bool:
+        """Whether it was a token that may come next. The grammar is past it then."""
+        # In error it takes the end token still.
+        return self._matcher.consume_token(token_id) and not self._matcher.is_error()
