@@ -33,7 +33,7 @@ MballError
 ├── EngineUnsupported               an engine that isn't there, or of a version that MBALL doesn't know
 ├── RequestError                    a request can't be served; carries an HTTP status and an OpenAI code
 │   ├── InvalidRequest (400)  ├── UnknownModel (404)  ├── PayloadTooLarge (413)
-│   ├── Unauthorized (401)  ├── Forbidden (403)
+│   ├── Unauthorized (401)  ├── Forbidden (403)  ├── DeadlineExceeded (504)
 │   └── Unavailable (503, with retry_after_s)
 │       ├── ModelDoesNotFit  ├── ModelFailed  ├── QueueFull  ├── QueueTimeout  ├── Draining
 │       └── RateLimited (429)
@@ -313,6 +313,14 @@ class Forbidden(InvalidRequest):
 
     status = 403
     code = "forbidden"
+
+
+class DeadlineExceeded(RequestError):
+    """The time that the request itself gave is over; what it held is free again."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
 
 
 class Unavailable(RequestError):

@@ -43,6 +43,46 @@ async def test_they_enter_in_order_and_no_more_than_may_be_inside(queue: Queue) 
         await tasks[3]
 
 
+async def test_the_lowest_priority_enters_first_and_who_withdraws_takes_no_turn(queue: Queue) -> None:
+    queue.limit = 1
+    asked = {"a": 5, "b": 0, "c": -1, "d": 0, "e": -1}
+    tasks = {name: asyncio.create_task(queue.enter(30.0, priority=n)) for name, n in asked.items()}
+    await asyncio.sleep(0)
+    tasks["c"].cancel()
+    await asyncio.sleep(0)
+    assert len(queue) == 4
+    queue.open("/s")
+    for name in "ebda":
+        ticket = await tasks[name]
+        assert not [other for other in "ebda"["ebda".index(name) + 1 :] if tasks[other].done()]
+        assert ticket is not None
+        queue.leave(ticket)
+    assert (queue.in_flight, len(queue)) == (0, 0)
+
+
+async def test_what_one_more_would_wait_follows_from_what_others_took(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("mball.memory.queue.time.monotonic", lambda: now)
+    assert queue.turn_s == 0.0
+    queue.open("/s")
+    first, second = await queue.enter(1.0), await queue.enter(1.0)
+    assert first is not None
+    assert second is not None
+    now += 6.0
+    queue.leave(first)
+    assert queue.turn_s == 0.0
+    queue.leave(second)
+    for _ in range(2):
+        await queue.enter(1.0)
+    assert queue.turn_s == pytest.approx(3.0)
+    tasks = await waiting(queue, 3)
+    assert queue.turn_s == pytest.approx(12.0)
+    queue.refuse(lambda: Draining("x"))
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def test_nobody_enters_a_closed_door_and_those_inside_go_on(queue: Queue) -> None:
     queue.open("/s")
     inside = await queue.enter(1.0)

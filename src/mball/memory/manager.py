@@ -194,13 +194,14 @@ class Manager:
         self._wake()
 
     @contextlib.asynccontextmanager
-    async def admit(self, name: str, *, deadline_s: float | None = None) -> AsyncIterator[Ticket]:
+    async def admit(self, name: str, *, deadline_s: float | None = None, priority: int = 0) -> AsyncIterator[Ticket]:
         """Waits until the model is on the device and its turn has come; inside, one request is counted as in flight.
+        The lower `priority` goes first.
 
         Raises UnknownModel, ModelDoesNotFit, ModelFailed, QueueFull, QueueTimeout, Draining.
         """
         model = self._ready_to_wait(name)
-        ticket = await self._enter(model, deadline_s)
+        ticket = await self._enter(model, deadline_s, priority=priority)
         if ticket is None:
             raise TransitionError(f"{name}: no ticket")
         try:
@@ -285,15 +286,20 @@ class Manager:
         return None if worker is None else await worker.call("status", deadline_s=self._settings.verb_s)
 
     def retry_after_s(self, name: str) -> float:
-        """After how many seconds a request for the model may well be served, from measured costs; at least 1."""
+        """After how many seconds a request for the model may well be served, from what bringing it in, and answering
+        those that wait, was measured to take; at least 1."""
         model = self._roster.answering(name)
-        if model is None or model.queue.is_open:
+        if model is None:
             return 1.0
+        turn_s = model.queue.turn_s
+        if model.queue.is_open:
+            return float(math.ceil(max(1.0, turn_s)))
         now = time.monotonic()
         start_s = (model.figures.start_s.value or 0.0) if model.worker is None else 0.0
         beside = [m for m in self._devices.of(model).models.values() if m.on_device and m is not model]
         stays = [m.stay_s() - (now - m.opened_s) for m in beside]
-        return float(math.ceil(max(1.0, start_s + model.promote_s + max(0.0, *stays, 0.0), model.not_before_s - now)))
+        ready_s = max(start_s + model.promote_s + max(0.0, *stays, 0.0), model.not_before_s - now)
+        return float(math.ceil(max(1.0, ready_s + turn_s)))
 
     def not_ready(self) -> str | None:
         """Why requests should not be sent here; None where they should."""
@@ -416,15 +422,27 @@ class Manager:
             model.failure, model.crashes_in_row = None, 0
             if model.state.process is Process.FAILED:
                 model.state = model.state.to(Process.GONE)
-        if model.queue.would_wait and sum(len(m.queue) for m in self._roster.all()) >= self._max_queue:
-            wait_s = self.retry_after_s(name)
-            raise QueueFull(f"{self._max_queue} requests wait for their models already", retry_after_s=wait_s)
+        if model.queue.would_wait:
+            self._check_room(model)
         return model
 
-    async def _enter(self, model: Model, deadline_s: float | None, *, visitor: bool = False) -> Ticket | None:
+    def _check_room(self, model: Model) -> None:
+        """Raises QueueFull."""
+        most = model.spec.max_queue
+        if most is not None and len(model.queue) >= most:
+            full = f"{most} requests wait for {model.name} already"
+        elif sum(len(m.queue) for m in self._roster.all()) >= self._max_queue:
+            full = f"{self._max_queue} requests wait for their models already"
+        else:
+            return
+        raise QueueFull(full, retry_after_s=self.retry_after_s(model.name))
+
+    async def _enter(
+        self, model: Model, deadline_s: float | None, *, visitor: bool = False, priority: int = 0
+    ) -> Ticket | None:
         wait_s = self._settings.queue_timeout_s if deadline_s is None else deadline_s
         try:
-            return await model.queue.enter(wait_s, visitor=visitor)
+            return await model.queue.enter(wait_s, visitor=visitor, priority=priority)
         except QueueTimeout as timeout:
             raise QueueTimeout(str(timeout), retry_after_s=self.retry_after_s(model.name)) from None
 

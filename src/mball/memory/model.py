@@ -222,6 +222,7 @@ class Model:
             priority=spec.priority,
             preload=spec.preload,
             keep_alive_s=spec.keep_alive_s,
+            max_queue=spec.max_queue,
         )
         if spec.pinned != before.pinned:
             self.pinned = spec.pinned

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mball.errors import MballError, QueueTimeout
-from mball.memory.rates import Rate
+from mball.memory.rates import Rate, Smoothed
 
 
 @dataclass(eq=False)
@@ -18,6 +20,7 @@ class Ticket:
 
     model: str
     socket_path: str
+    since_s: float = 0.0
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -31,7 +34,8 @@ class _Waiter:
 
 
 class Queue:
-    """Requests enter in the order of their arrival while the door is open and fewer than `limit` are inside."""
+    """Requests enter while the door is open and fewer than `limit` are inside: those of the lowest `priority` first, in
+    the order of their arrival. `service_s`: how long one is inside."""
 
     def __init__(self, model: str, limit: int, rate: Rate, changed: Callable[[], None]) -> None:
         """`changed` is told when somebody joins or leaves."""
@@ -42,7 +46,11 @@ class Queue:
         self.last_used_s = time.monotonic()
         self.inside: set[Ticket] = set()
         self._socket_path: str | None = None
-        self._waiting: deque[_Waiter] = deque()
+        self.service_s = Smoothed()
+        self._numbers = itertools.count()
+        self._waiting: OrderedDict[int, _Waiter] = OrderedDict()
+        # Those that have withdrawn stay there until their turn.
+        self._turns: list[tuple[int, int]] = []
         self._left = asyncio.Event()
 
     @property
@@ -62,24 +70,33 @@ class Queue:
         return len(self._waiting)
 
     def oldest_wait_s(self, now_s: float) -> float:
-        return now_s - self._waiting[0].since_s if self._waiting else 0.0
+        return now_s - next(iter(self._waiting.values())).since_s if self._waiting else 0.0
 
-    async def enter(self, deadline_s: float, *, visitor: bool = False) -> Ticket | None:
+    @property
+    def turn_s(self) -> float:
+        """How long one that came now would wait before the open door, as far as was measured."""
+        ahead = len(self) + self.in_flight - self.limit + 1
+        return (self.service_s.value or 0.0) * max(0, ahead) / self.limit
+
+    async def enter(self, deadline_s: float, *, visitor: bool = False, priority: int = 0) -> Ticket | None:
         """Waits its turn. Raises QueueTimeout, or what `refuse` was given."""
         loop = asyncio.get_running_loop()
         waiter = _Waiter(loop.create_future(), time.monotonic(), visitor)
         if not visitor:
             self.rate.count(waiter.since_s)
-        self._waiting.append(waiter)
+        number = next(self._numbers)
+        self._waiting[number] = waiter
+        if not visitor:
+            heapq.heappush(self._turns, (priority, number))
         self._let_in()
         self._changed()
         try:
             await asyncio.wait({waiter.answer}, timeout=deadline_s)
         except asyncio.CancelledError:
-            self._withdraw(waiter)
+            self._withdraw(number, waiter)
             raise
         if not waiter.answer.done():
-            self._withdraw(waiter)
+            self._withdraw(number, waiter)
             raise QueueTimeout(f"{self.model}: not on the device within {deadline_s:.1f} s, {len(self)} more wait")
         return waiter.answer.result()
 
@@ -88,6 +105,7 @@ class Queue:
         if ticket in self.inside:
             self.inside.remove(ticket)
             self.last_used_s = time.monotonic()
+            self.service_s.add(self.last_used_s - ticket.since_s)
             self._left.set()
             self._let_in()
             self._changed()
@@ -108,8 +126,9 @@ class Queue:
 
     def refuse(self, error: Callable[[], MballError]) -> None:
         """Ends everybody's wait, each with an error of its own."""
+        self._turns.clear()
         while self._waiting:
-            answer = self._waiting.popleft().answer
+            answer = self._waiting.popitem(last=False)[1].answer
             if not answer.done():
                 answer.set_exception(error())
 
@@ -127,19 +146,20 @@ class Queue:
     def _let_in(self) -> None:
         if self._socket_path is None:
             return
-        for visitor in [waiter for waiter in self._waiting if waiter.visitor]:
-            self._waiting.remove(visitor)
-            visitor.answer.set_result(None)
-        while self._waiting and len(self.inside) < self.limit:
-            ticket = Ticket(self.model, self._socket_path)
-            self.inside.add(ticket)
-            self._waiting.popleft().answer.set_result(ticket)
+        for number in [number for number, waiter in self._waiting.items() if waiter.visitor]:
+            self._waiting.pop(number).answer.set_result(None)
+        while self._turns and len(self.inside) < self.limit:
+            waiter = self._waiting.pop(heapq.heappop(self._turns)[1], None)
+            if waiter is not None:
+                ticket = Ticket(self.model, self._socket_path, time.monotonic())
+                self.inside.add(ticket)
+                waiter.answer.set_result(ticket)
 
-    def _withdraw(self, waiter: _Waiter) -> None:
+    def _withdraw(self, number: int, waiter: _Waiter) -> None:
         """The caller gave up: its place, or the ticket it has just been given, is free again."""
         if not waiter.answer.done():
             waiter.answer.cancel()
-            self._waiting.remove(waiter)
+            del self._waiting[number]
             self._changed()
         elif not waiter.answer.cancelled() and waiter.answer.exception() is None:
             ticket = waiter.answer.result()

@@ -12,7 +12,7 @@ from mball.memory.model import Model
 from mball.memory.spec import ModelSpec
 from mball.memory.vllm_options import adapters
 
-_KEPT_BY_A_WORKER = ("pinned", "priority", "preload", "keep_alive_s")
+_KEPT_BY_A_WORKER = ("pinned", "priority", "preload", "keep_alive_s", "max_queue")
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,7 @@ class ModelSpec:
     `keep_alive_s`: demoted after so long without a request (None: only to make room). `working_bytes`: device bytes
     beside weights and KV, until they are measured (None: a first guess from the weights). `max_in_flight`: requests
     handed to the worker at once (None: twice `max_num_seqs`); the rest wait here, so that a stay can be ended.
+    `max_queue`: requests that may wait for it (None: as many as may wait in all).
     `devices`: the names of those that it may go to (none: any).
     `environment` is added to the worker's.
     """
@@ -100,6 +101,7 @@ class ModelSpec:
     keep_alive_s: float | None = None
     working_bytes: int | None = None
     max_in_flight: int | None = None
+    max_queue: int | None = None
     devices: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 

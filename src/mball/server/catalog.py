@@ -132,6 +132,7 @@ def model_spec(model: ModelConfig, config: Config) -> ModelSpec:
         preload=model.preload,
         priority=model.priority,
         keep_alive_s=model.keep_alive_s,
+        max_queue=model.max_queue,
         devices=tuple(device.name for device in open_devices(model.device)),
     )
 

@@ -93,6 +93,9 @@ class ModelConfig(BaseModel):
     priority: int = Field(
         default=0, description="The higher is served first, and leaves for a lower one only once that is overdue."
     )
+    max_queue: int | None = Field(
+        default=None, ge=1, description="Requests that may wait for it; by default as many as may wait in all."
+    )
     device: DeviceNames = Field(
         default=(), description="Serve it there alone; by default on any of the server's devices, as there is room."
     )
@@ -139,6 +142,14 @@ class LimitsConfig(BaseModel):
 
     max_in_flight: int | None = Field(default=None, ge=1, description="Requests at once, those that wait too.")
     requests_per_minute: int | None = Field(default=None, ge=1, description="Requests begun within a minute.")
+    tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="Tokens of prompts and answers within a minute, counted as each answer ends."
+    )
+    priority: int = Field(
+        default=0,
+        description="The lowest `priority` that its requests may name, as the lowest goes first, and what those have "
+        "at least that name none.",
+    )
 
 
 class KeyConfig(BaseModel):

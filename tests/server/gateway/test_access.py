@@ -130,23 +130,59 @@ async def test_requests_over_a_key_s_limit_are_told_when_to_come_again(gateway: 
         assert response.status == 200
 
 
-async def test_a_minute_s_requests_come_back_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_minute_s_requests_come_back_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("mball.server.gateway.access.time.monotonic", lambda: now)
     key = Key("k", "", limits=Limits(requests_per_minute=30))
     for _ in range(30):
-        async with key.request():
+        with key.request():
             pass
-    with pytest.raises(RateLimited) as refused:
-        async with key.request():
-            pass
+    with pytest.raises(RateLimited) as refused, key.request():
+        pass
     assert refused.value.retry_after_s == pytest.approx(2.0)
     now += 2.0
-    async with key.request():
+    with key.request():
         pass
-    with pytest.raises(RateLimited):
-        async with key.request():
-            pass
+    with pytest.raises(RateLimited), key.request():
+        pass
+
+
+def test_tokens_of_a_minute_are_counted_as_they_were_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("mball.server.gateway.access.time.monotonic", lambda: now)
+    key = Key("k", "", limits=Limits(tokens_per_minute=600))
+    with key.request():
+        key.spend(620)
+    with pytest.raises(RateLimited, match="600 tokens a minute") as refused, key.request():
+        pass
+    assert refused.value.retry_after_s == pytest.approx(2.1)
+    now += 2.2
+    with key.request():
+        pass
+
+
+async def test_tokens_count_by_usage_or_by_what_is_seen(gateway: Start) -> None:
+    limits = {"tokens_per_minute": 12}
+    running = await gateway(model("a", Knobs(tokens=9)), api_keys=[entry(USER, "user", limits=limits)])
+    for stream in (False, True):
+        data = body("a", stream=stream)
+        async with running.http.post(running.url + CHAT, data=data, headers=bearer(USER)) as response:
+            assert response.status == 200
+            await response.read()
+    async with running.http.post(running.url + CHAT, data=body("a"), headers=bearer(USER)) as response:
+        assert response.status == 429
+        assert int(response.headers["retry-after"]) > 20
+
+
+async def test_a_full_key_s_wait_is_what_its_requests_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("mball.server.gateway.access.time.monotonic", lambda: now)
+    key = Key("k", "", limits=Limits(max_in_flight=2))
+    with key.request():
+        now += 30.0
+    with key.request(), key.request(), pytest.raises(RateLimited) as refused, key.request():
+        pass
+    assert refused.value.retry_after_s == pytest.approx(15.0)
 
 
 def test_a_key_that_is_made_is_let_in_and_stands_nowhere_in_the_config() -> None:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mball.errors import Forbidden, RateLimited, Unauthorized, UnknownModel
+from mball.memory.rates import Smoothed
 from mball.server.http import error_response
 
 PUBLIC_PATHS = frozenset({"/health", "/ready"})
@@ -40,10 +42,31 @@ def digest(key: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one key: requests under way, waiting ones too, and begun within a minute. None: no limit."""
+    """Of one key: requests under way, waiting ones too, begun within a minute, and tokens within one. None: no limit.
+    `priority`: the lowest that its requests may have."""
 
     max_in_flight: int | None = None
     requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    priority: int = 0
+
+
+class _Allowance:
+    """So much a minute, saved up for a minute at most. More may be spent than is there: then the next wait longer."""
+
+    def __init__(self) -> None:
+        self._left = math.inf
+        self._at_s = time.monotonic()
+
+    def wait_s(self, per_minute: int, least: float) -> float:
+        """Until so much is there; 0 where it is."""
+        now_s = time.monotonic()
+        self._left = min(per_minute, self._left + (now_s - self._at_s) * per_minute / _MINUTE_S)
+        self._at_s = now_s
+        return max(0.0, least - self._left) * _MINUTE_S / per_minute
+
+    def spend(self, amount: float) -> None:
+        self._left -= amount
 
 
 class Key:
@@ -60,8 +83,8 @@ class Key:
     ) -> None:
         self.sha256 = sha256
         self._in_flight = 0
-        self._tokens = float("inf")
-        self._at_s = time.monotonic()
+        self._requests, self._tokens = _Allowance(), _Allowance()
+        self._took_s = Smoothed()
         self.change(name, admin=admin, models=models, limits=limits)
 
     def change(
@@ -81,30 +104,44 @@ class Key:
         if not self.may_use(model):
             raise UnknownModel(f"the model {model!r} is not served here (see GET /v1/models)", param="model")
 
-    @asynccontextmanager
-    async def request(self) -> AsyncIterator[None]:
+    def priority(self, asked: int | None) -> int:
+        """What a request has that asks for this. Raises Forbidden where the key may not go so far ahead of others."""
+        least = self._limits.priority
+        if asked is not None and asked < least:
+            raise Forbidden(f"`priority` {asked}: this key may name {least} and above", param="priority")
+        return max(least, asked or 0)
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
         """Counts one as under way. Raises RateLimited."""
-        limits = self._limits
-        if limits.max_in_flight is not None and self._in_flight >= limits.max_in_flight:
-            raise RateLimited(f"{limits.max_in_flight} requests with this key are under way", retry_after_s=1.0)
-        if limits.requests_per_minute is not None:
-            self._take(limits.requests_per_minute, time.monotonic())
+        self._check(self._limits)
         self._in_flight += 1
+        began_s = time.monotonic()
         try:
             yield
         finally:
             self._in_flight -= 1
+            self._took_s.add(time.monotonic() - began_s)
 
-    def _take(self, per_minute: int, now_s: float) -> None:
-        self._tokens = min(per_minute, self._tokens + (now_s - self._at_s) * per_minute / _MINUTE_S)
-        self._at_s = now_s
-        if self._tokens < 1:
-            wait_s = (1 - self._tokens) * _MINUTE_S / per_minute
-            raise RateLimited(f"{per_minute} requests a minute are allowed with this key", retry_after_s=wait_s)
-        self._tokens -= 1
+    def spend(self, tokens: int) -> None:
+        """They were prompt and answer of one of its requests."""
+        if self._limits.tokens_per_minute is not None:
+            self._tokens.spend(tokens)
+
+    def _check(self, limits: Limits) -> None:
+        most, requests, tokens = limits.max_in_flight, limits.requests_per_minute, limits.tokens_per_minute
+        if most is not None and self._in_flight >= most:
+            wait_s = (self._took_s.value or 0.0) / most
+            raise RateLimited(f"{most} requests with this key are under way", retry_after_s=wait_s)
+        if tokens is not None and (wait_s := self._tokens.wait_s(tokens, 1.0)) > 0:
+            raise RateLimited(f"{tokens} tokens a minute are allowed with this key", retry_after_s=wait_s)
+        if requests is not None:
+            if (wait_s := self._requests.wait_s(requests, 1.0)) > 0:
+                raise RateLimited(f"{requests} requests a minute are allowed with this key", retry_after_s=wait_s)
+            self._requests.spend(1.0)
 
 
-NOBODY = Key("", "", admin=True)
+NOBODY = Key("", "", admin=True, limits=Limits(priority=-(2**63)))
 """Whoever comes where there are no keys."""
 
 

@@ -79,9 +79,7 @@ def _openai(manager: Manager, workers: Workers, live: Live, metrics: Metrics) ->
             manager,
             workers,
             measured,
-            queue_timeout_s=config.queue_timeout_s,
-            timeout_s=config.request_timeout_s,
-            keepalive_s=config.sse_keepalive_s,
+            config,
         )
 
     for path in FORWARDED_PATHS:

@@ -23,7 +23,7 @@ class Live:
 
 
 def _key(entry: KeyConfig, known: Key | None) -> Key:
-    limits = Limits(entry.limits.max_in_flight, entry.limits.requests_per_minute)
+    limits = Limits(**entry.limits.model_dump())
     what: dict[str, Any] = {"admin": entry.admin, "models": frozenset(entry.models), "limits": limits}
     if known is None:
         return Key(entry.name, entry.sha256, **what)

@@ -106,21 +106,24 @@ class Request:
         """Of its answer's bytes."""
         self._first_s = time.perf_counter() - self._began
 
-    def end(self, code: int, tail: bytes) -> None:
-        """`tail`: the last bytes of its answer."""
+    def end(self, code: int, tail: bytes) -> int | None:
+        """`tail`: the last bytes of its answer. How many tokens it took, prompt and answer; None where it said none."""
         metrics, model = self._metrics, self._model
         metrics.requests.labels(model, code).inc()
         if self._admitted_s is not None:
             metrics.queued.labels(model).observe(self._admitted_s)
         if not 200 <= code < 300:
-            return
+            return None
         if self._first_s is not None:
             metrics.first.labels(model).observe(self._first_s)
         metrics.whole.labels(model).observe(time.perf_counter() - self._began)
-        if (usage := usage_in(tail)) is not None:
-            metrics.prompt.labels(model).inc(_count(usage, "prompt_tokens"))
-            metrics.generated.labels(model).inc(_count(usage, "completion_tokens"))
-            metrics.cached.labels(model).inc(_count(usage.get("prompt_tokens_details"), "cached_tokens"))
+        if (usage := usage_in(tail)) is None:
+            return None
+        prompt, generated = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+        metrics.prompt.labels(model).inc(prompt)
+        metrics.generated.labels(model).inc(generated)
+        metrics.cached.labels(model).inc(_count(usage.get("prompt_tokens_details"), "cached_tokens"))
+        return prompt + generated
 
 
 def usage_in(tail: bytes) -> dict[str, Any] | None:

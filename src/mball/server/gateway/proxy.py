@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,9 +15,10 @@ import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mball.errors import MballError, RequestError, Unavailable
+from mball.errors import DeadlineExceeded, MballError, RequestError, Unavailable
 from mball.memory.manager import Manager
 from mball.server import http, tenants
+from mball.server.config import Config
 from mball.server.gateway.access import Key
 from mball.server.gateway.metrics import CLIENT_LEFT, TAIL_BYTES, Request
 from mball.server.gateway.requests import Call
@@ -30,6 +32,8 @@ _DONE = b"data: [DONE]\n\n"
 _EVENTS: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 _CONNECT_TIMEOUT_S = 10.0
 _SESSIONS = 2
+_PIECE = b"data: "
+_BYTES_OF_A_TOKEN = 4
 _MOST_OF_AN_ERROR = 64 * 1024
 
 
@@ -77,12 +81,9 @@ class Forward(Response):
         manager: Manager,
         workers: Workers,
         measured: Request,
-        *,
-        queue_timeout_s: float,
-        timeout_s: float,
-        keepalive_s: float | None,
+        config: Config,
     ) -> None:
-        """`keepalive_s`: how often a stream that waits says so, from then on with a 200 (None: never)."""
+        """`config`: as it is when the request comes. Raises Forbidden for a priority that the key may not have."""
         super().__init__()
         self._call = call
         self._key = key
@@ -90,15 +91,14 @@ class Forward(Response):
         self._manager = manager
         self._workers = workers
         self._measured = measured
-        self._queue_timeout_s = queue_timeout_s
-        self._timeout_s = timeout_s
-        self._keepalive_s = keepalive_s
+        self._config = config
+        self._priority = key.priority(call.priority)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = _Answer(send, self._call.stream, self._measured)
         code = 500
         try:
-            async with self._key.request():
+            with self._key.request():
                 await unless_disconnected(self._serve_alive(answer), receive)
             code = answer.code
         except ClientLeft:
@@ -107,13 +107,17 @@ class Forward(Response):
             code = error.status
             raise
         finally:
-            self._measured.end(code, answer.tail)
+            tokens = self._measured.end(code, answer.tail)
+            if answer.asked:
+                # One that was cut off, or says nothing, is counted by what can be seen of it.
+                self._key.spend(len(self._call.body) // _BYTES_OF_A_TOKEN + answer.pieces if tokens is None else tokens)
 
     async def _serve_alive(self, answer: _Answer) -> None:
-        if self._keepalive_s is None or not self._call.stream:
+        every_s = self._config.sse_keepalive_s
+        if every_s is None or not self._call.stream:
             await self._serve(answer)
             return
-        comments = asyncio.create_task(answer.keep_alive(self._call.model, self._keepalive_s), name="keep-alive")
+        comments = asyncio.create_task(answer.keep_alive(self._call.model, every_s), name="keep-alive")
         try:
             await self._serve(answer)
         finally:
@@ -123,13 +127,20 @@ class Forward(Response):
                 _log.info("no comment", model=self._call.model, error=repr(error))
 
     async def _serve(self, answer: _Answer) -> None:
+        longest_s, own_s = self._config.request_timeout_s, self._call.timeout_s
+        left_s = longest_s if own_s is None else own_s - (time.monotonic() - self._call.began_s)
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(min(longest_s, left_s)):
                 while not await self._hand_over(answer):
                     pass
         except TimeoutError:
-            late = f"{self._call.model}: no whole answer within {self._timeout_s:.0f} s"
-            await answer.fail(Unavailable(late, retry_after_s=self._manager.retry_after_s(self._call.model)))
+            if left_s < longest_s:
+                where = "while it was answered" if answer.asked else "while it waited for its model"
+                late = f"{self._call.model}: no whole answer within the {own_s:g} s that it was given; ended {where}"
+                await answer.fail(DeadlineExceeded(late))
+            else:
+                late = f"{self._call.model}: no whole answer within {longest_s:.0f} s"
+                await answer.fail(Unavailable(late, retry_after_s=self._manager.retry_after_s(self._call.model)))
         except (aiohttp.ClientError, ConnectionError) as error:
             _log.warning("worker lost", model=self._call.model, error=repr(error))
             lost = f"{self._call.model}: its worker ended while it answered; try again"
@@ -139,8 +150,10 @@ class Forward(Response):
 
     async def _hand_over(self, answer: _Answer) -> bool:
         """Whether a worker took the request. False once one that could not be reached is known to have ended."""
-        async with self._manager.admit(self._call.model, deadline_s=self._queue_timeout_s) as ticket:
+        wait_s = self._config.queue_timeout_s
+        async with self._manager.admit(self._call.model, deadline_s=wait_s, priority=self._priority) as ticket:
             self._measured.admitted()
+            answer.asked = True
             session = await self._workers.session(self._call.model, ticket.socket_path)
             # A BytesIO is written piece by piece, where bytes would be one write however many they are.
             data = io.BytesIO(self._call.body)
@@ -160,11 +173,13 @@ class Forward(Response):
 
 class _Answer:
     """The client's side of one answer: exactly one outcome. `code`: its status, 503 where it was cut off; `tail`: its
-    last bytes."""
+    last bytes; `asked`: a worker was asked for it; `pieces`: events of a stream so far."""
 
     def __init__(self, send: Send, stream: bool, measured: Request) -> None:
         self.code = 503
         self.tail = b""
+        self.asked = False
+        self.pieces = 0
         self._send = send
         self._stream = stream
         self._measured = measured
@@ -200,8 +215,10 @@ class _Answer:
         await self._start(upstream.status, headers)
         await self._send({"type": "http.response.body", "body": first, "more_body": True})
         self.tail = first[-TAIL_BYTES:]
+        self.pieces = first.count(_PIECE)
         async for chunk in chunks:
             self.tail = (self.tail + chunk)[-TAIL_BYTES:]
+            self.pieces += chunk.count(_PIECE)
             await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
         await self._send({"type": "http.response.body", "body": b""})
         self.code = upstream.status

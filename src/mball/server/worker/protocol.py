@@ -27,6 +27,7 @@ _IGNORED = {
     "prompt_cache_retention",
     "prediction",
     "parallel_tool_calls",
+    "priority",
 }
 """Accepted and without effect: they say nothing about the answer."""
 
