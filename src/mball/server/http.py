@@ -45,7 +45,7 @@ async def read_body(request: Request, max_body_bytes: int) -> bytes:
 def parse_object(body: bytes) -> dict[str, Any]:
     """A JSON object (RFC 8259) without duplicate keys, NaN or Infinity. Raises InvalidRequest."""
     try:
-        value = json.loads(body, object_pairs_hook=_unique, parse_constant=_not_json)
+        value = _STRICT.decode(body.decode(json.detect_encoding(body), "surrogatepass"))
     except InvalidRequest:
         raise
     except RecursionError:
@@ -67,6 +67,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _not_json(constant: str) -> NoReturn:
     raise InvalidRequest(f"the body is not JSON: {constant} is no number in it")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_not_json)
 
 
 def error_body(error: Exception) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from mball.server.catalog import build_manager, model_specs
 from mball.server.config import Config, load_config
 from mball.server.gateway.app import create_app
 from mball.server.gateway.live import Live
+from mball.server.gateway.protocol import Protocol
 from mball.server.notify import Notifier
 from mball.server.reload import Reloader
 
@@ -96,9 +97,14 @@ def _on_terminal() -> bool:
 
 
 def serve(
-    config: Config, sock: socket.socket, file: Path | None = None, flags: Mapping[str, Any] | None = None
+    config: Config,
+    sock: socket.socket,
+    file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    build: Callable[[Config, Path], Manager] = build_manager,
 ) -> None:
-    """Serves until SIGTERM or SIGINT. Blocks; owns `sock`. Raises DeviceInUse, MballError.
+    """Serves until SIGTERM or SIGINT, with the manager that `build` makes. Blocks; owns `sock`. Raises DeviceInUse,
+    MballError.
 
     The configuration is read anew from `file`, and under `flags`, as that changes and on SIGHUP.
     """
@@ -108,7 +114,7 @@ def serve(
         signal.signal(signal.SIGHUP, lambda *_: None)
     with _runtime_dir(config) as runtime_dir:
         tls = _tls(config)
-        manager = build_manager(config, runtime_dir)
+        manager = build(config, runtime_dir)
         manager.claim()
         reloader = None
         if file is not None:
@@ -120,10 +126,13 @@ def serve(
                 create_app(manager, config, live),
                 log_config=None,
                 access_log=False,
+                proxy_headers=False,
+                loop="uvloop",
+                http=Protocol,
+                ws="none",
                 lifespan="on",
                 timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
                 timeout_keep_alive=30,
-                h11_max_incomplete_event_size=64 * 1024,
                 **tls,
             ),
             manager,

@@ -14,7 +14,6 @@ from typing import Any
 import aiohttp
 import pytest
 
-from mball.server.gateway.proxy import Workers
 from mball.units import MiB
 from tests.fake_worker import Knobs
 from tests.memory.conftest import model
@@ -150,19 +149,6 @@ async def test_a_request_that_did_not_reach_its_worker_goes_to_the_next(gateway:
     assert response.status == 200
     assert (await response.json())["choices"][0]["message"]["content"] == "a 1 2 3 "
     assert running.state("a")["starts"] == 2
-
-
-async def test_sessions_to_workers_that_are_gone_are_closed(tmp_path: Path) -> None:
-    workers = Workers()
-    first = await workers.session("a", str(tmp_path / "1"))
-    second = await workers.session("a", str(tmp_path / "2"))
-    assert await workers.session("a", str(tmp_path / "2")) is second
-    assert not first.closed
-    third = await workers.session("a", str(tmp_path / "3"))
-    other = await workers.session("b", str(tmp_path / "4"))
-    assert [session.closed for session in (first, second, third, other)] == [True, False, False, False]
-    await workers.close()
-    assert all(session.closed for session in (second, third, other))
 
 
 async def test_a_worker_that_dies_in_a_stream_ends_it_with_an_error_event(gateway: Start) -> None:

@@ -21,8 +21,9 @@ from mball.errors import Forbidden, RateLimited, Unauthorized, UnknownModel
 from mball.memory.rates import Smoothed
 from mball.server.http import error_response
 
-PUBLIC_PATHS = frozenset({"/health", "/ready"})
-"""Open to everybody: a probe of an orchestrator has no key, and learns nothing of the models."""
+PUBLIC_PATHS = frozenset({"/health", "/ready", "/ui"})
+"""Open to everybody: a probe of an orchestrator has no key, and learns nothing of the models; nor does the page, which
+asks for one."""
 
 ADMIN_PREFIX = "/mball/"
 _ADMIN_PATHS = frozenset({"/metrics"})

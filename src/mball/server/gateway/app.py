@@ -18,12 +18,14 @@ from mball.errors import MballError, UnknownModel
 from mball.memory.manager import Manager
 from mball.server import http
 from mball.server.config import Config
-from mball.server.gateway import admin
+from mball.server.gateway import admin, ui
 from mball.server.gateway.access import Access, Key
 from mball.server.gateway.live import Live
 from mball.server.gateway.metrics import CONTENT_TYPE, Metrics
-from mball.server.gateway.proxy import Forward, Workers
+from mball.server.gateway.proxy import Forward
 from mball.server.gateway.requests import read_call
+from mball.server.gateway.shortcut import Endpoint, Shortcut
+from mball.server.gateway.upstream import Workers
 
 FORWARDED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize")
 """What reaches a worker; nothing else does."""
@@ -43,7 +45,7 @@ def create_app(manager: Manager, config: Config, live: Live | None = None) -> Fa
             yield
         finally:
             await manager.close(config.drain_timeout_s)
-            await workers.close()
+            workers.close()
             following.cancel()
             await asyncio.wait({following})
 
@@ -51,18 +53,18 @@ def create_app(manager: Manager, config: Config, live: Live | None = None) -> Fa
     app.add_exception_handler(MballError, http.on_mball_error)
     app.add_exception_handler(HTTPException, http.on_http_error)
     app.add_exception_handler(Exception, http.on_unexpected)
-    app.include_router(_openai(manager, workers, live, metrics))
+    forward = _forward(manager, workers, live, metrics)
+    app.include_router(_openai(manager, forward))
     app.include_router(_probes(manager))
     app.include_router(_metrics(metrics))
     app.include_router(admin.router(manager))
+    app.include_router(ui.router())
+    app.add_middleware(Shortcut, paths=FORWARDED_PATHS, endpoint=forward)
     app.add_middleware(Access, keys=live.keys)
     return app
 
 
-def _openai(manager: Manager, workers: Workers, live: Live, metrics: Metrics) -> APIRouter:
-    router = APIRouter()
-    started = int(time.time())
-
+def _forward(manager: Manager, workers: Workers, live: Live, metrics: Metrics) -> Endpoint:
     async def forward(request: Request) -> Response:
         config = live.config
         call = await read_call(request, config.max_body_bytes)
@@ -75,12 +77,19 @@ def _openai(manager: Manager, workers: Workers, live: Live, metrics: Metrics) ->
         return Forward(
             call,
             key,
-            request.url.path,
+            request.scope["path"],
             manager,
             workers,
             measured,
             config,
         )
+
+    return forward
+
+
+def _openai(manager: Manager, forward: Endpoint) -> APIRouter:
+    router = APIRouter()
+    started = int(time.time())
 
     for path in FORWARDED_PATHS:
         router.add_api_route(path, forward, methods=["POST"], response_class=Response)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -56,6 +57,8 @@ class Metrics:
             [*by_model, "transition", "weights_from"], registry=self._registry, buckets=_FAST,
         )  # fmt: skip
         self._registry.register(_Ladder(manager))
+        self.of: Callable[..., Any] = functools.cache(lambda metric, *labels: metric.labels(*labels))
+        """The series of a metric by its labels, which take as long to find as all that is counted with them."""
 
     def request(self, model: str) -> Request:
         return Request(self, model if self._manager.serves(model) else "")
@@ -109,20 +112,20 @@ class Request:
     def end(self, code: int, tail: bytes) -> int | None:
         """`tail`: the last bytes of its answer. How many tokens it took, prompt and answer; None where it said none."""
         metrics, model = self._metrics, self._model
-        metrics.requests.labels(model, code).inc()
+        metrics.of(metrics.requests, model, code).inc()
         if self._admitted_s is not None:
-            metrics.queued.labels(model).observe(self._admitted_s)
+            metrics.of(metrics.queued, model).observe(self._admitted_s)
         if not 200 <= code < 300:
             return None
         if self._first_s is not None:
-            metrics.first.labels(model).observe(self._first_s)
-        metrics.whole.labels(model).observe(time.perf_counter() - self._began)
+            metrics.of(metrics.first, model).observe(self._first_s)
+        metrics.of(metrics.whole, model).observe(time.perf_counter() - self._began)
         if (usage := usage_in(tail)) is None:
             return None
         prompt, generated = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
-        metrics.prompt.labels(model).inc(prompt)
-        metrics.generated.labels(model).inc(generated)
-        metrics.cached.labels(model).inc(_count(usage.get("prompt_tokens_details"), "cached_tokens"))
+        metrics.of(metrics.prompt, model).inc(prompt)
+        metrics.of(metrics.generated, model).inc(generated)
+        metrics.of(metrics.cached, model).inc(_count(usage.get("prompt_tokens_details"), "cached_tokens"))
         return prompt + generated
 
 

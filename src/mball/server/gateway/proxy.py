@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator
 from typing import Any
 
-import aiohttp
 import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -22,47 +18,16 @@ from mball.server.config import Config
 from mball.server.gateway.access import Key
 from mball.server.gateway.metrics import CLIENT_LEFT, TAIL_BYTES, Request
 from mball.server.gateway.requests import Call
+from mball.server.gateway.upstream import CONNECT_TIMEOUT_S, Answer, Headers, Unreachable, Workers
 from mball.server.http import ClientLeft, error_body, unless_disconnected
 
-Headers = list[tuple[bytes, bytes]]
-
 _log = structlog.get_logger(__name__)
-_FORWARDED_HEADERS = ("content-type", "content-length", "cache-control", "retry-after")
+_FORWARDED_HEADERS = frozenset({b"content-type", b"content-length", b"cache-control", b"retry-after"})
 _DONE = b"data: [DONE]\n\n"
 _EVENTS: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-_CONNECT_TIMEOUT_S = 10.0
-_SESSIONS = 2
 _PIECE = b"data: "
 _BYTES_OF_A_TOKEN = 4
 _MOST_OF_AN_ERROR = 64 * 1024
-
-
-class Workers:
-    """HTTP sessions to the workers' unix sockets: of each model the last two, as a request may still be on its way to
-    the worker before."""
-
-    def __init__(self) -> None:
-        self._sessions: dict[str, OrderedDict[str, aiohttp.ClientSession]] = {}
-
-    async def session(self, model: str, socket_path: str) -> aiohttp.ClientSession:
-        sessions = self._sessions.setdefault(model, OrderedDict())
-        if (session := sessions.get(socket_path)) is not None:
-            sessions.move_to_end(socket_path)
-            return session
-        # A worker's answer may take as long as the request may; the request's own deadline bounds it.
-        session = sessions[socket_path] = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(socket_path, limit=0),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
-            auto_decompress=False,
-        )
-        if len(sessions) > _SESSIONS:
-            await sessions.popitem(last=False)[1].close()
-        return session
-
-    async def close(self) -> None:
-        for sessions in self._sessions.values():
-            while sessions:
-                await sessions.popitem()[1].close()
 
 
 class Forward(Response):
@@ -141,7 +106,7 @@ class Forward(Response):
             else:
                 late = f"{self._call.model}: no whole answer within {longest_s:.0f} s"
                 await answer.fail(Unavailable(late, retry_after_s=self._manager.retry_after_s(self._call.model)))
-        except (aiohttp.ClientError, ConnectionError) as error:
+        except ConnectionError as error:
             _log.warning("worker lost", model=self._call.model, error=repr(error))
             lost = f"{self._call.model}: its worker ended while it answered; try again"
             await answer.fail(Unavailable(lost, retry_after_s=self._manager.retry_after_s(self._call.model)))
@@ -154,16 +119,15 @@ class Forward(Response):
         async with self._manager.admit(self._call.model, deadline_s=wait_s, priority=self._priority) as ticket:
             self._measured.admitted()
             answer.asked = True
-            session = await self._workers.session(self._call.model, ticket.socket_path)
-            # A BytesIO is written piece by piece, where bytes would be one write however many they are.
-            data = io.BytesIO(self._call.body)
-            headers = {"content-type": "application/json", tenants.HEADER: tenants.tenant(self._key.name)}
+            headers = [(tenants.HEADER, tenants.tenant(self._key.name))]
             try:
-                async with session.post(f"http://worker{self._path}", data=data, headers=headers) as upstream:
+                async with self._workers.post(
+                    self._call.model, ticket.socket_path, self._path, self._call.body, headers
+                ) as upstream:
                     await answer.relay(upstream)
-            except aiohttp.ClientConnectorError as error:
+            except Unreachable as error:
                 try:
-                    async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                    async with asyncio.timeout(CONNECT_TIMEOUT_S):
                         await ticket.lost.wait()
                 except TimeoutError:
                     raise error from None
@@ -203,36 +167,32 @@ class _Answer:
             self._started = True
             await self._send({"type": "http.response.start", "status": status, "headers": headers})
 
-    async def relay(self, upstream: aiohttp.ClientResponse) -> None:
-        headers = [(k.encode(), upstream.headers[k].encode()) for k in _FORWARDED_HEADERS if k in upstream.headers]
-        chunks = upstream.content.iter_any()
-        first = await anext(chunks, b"")
+    async def relay(self, upstream: Answer) -> None:
+        chunk = await upstream.read()
         self._arrived.set()
         self._measured.first()
         if self._started and upstream.status != 200:
-            await self._refused(upstream.status, first, chunks)
+            await self._refused(upstream, chunk)
             return
-        await self._start(upstream.status, headers)
-        await self._send({"type": "http.response.body", "body": first, "more_body": True})
-        self.tail = first[-TAIL_BYTES:]
-        self.pieces = first.count(_PIECE)
-        async for chunk in chunks:
-            self.tail = (self.tail + chunk)[-TAIL_BYTES:]
+        await self._start(upstream.status, [h for h in upstream.headers if h[0] in _FORWARDED_HEADERS])
+        while chunk:
+            self.tail = chunk[-TAIL_BYTES:] if len(chunk) >= TAIL_BYTES else (self.tail + chunk)[-TAIL_BYTES:]
             self.pieces += chunk.count(_PIECE)
             await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+            chunk = await upstream.read()
         await self._send({"type": "http.response.body", "body": b""})
         self.code = upstream.status
 
-    async def _refused(self, status: int, body: bytes, chunks: AsyncIterator[bytes]) -> None:
+    async def _refused(self, upstream: Answer, body: bytes) -> None:
         """A worker's error after a 200: the last event."""
-        async for chunk in chunks:
+        while chunk := await upstream.read():
             body = (body + chunk)[:_MOST_OF_AN_ERROR]
         try:
             fields = http.parse_object(body)
         except MballError:
-            fields = error_body(MballError(f"the worker answered with {status}"))
+            fields = error_body(MballError(f"the worker answered with {upstream.status}"))
         await self._send({"type": "http.response.body", "body": _event(fields)})
-        self.code = status
+        self.code = upstream.status
 
     async def fail(self, error: MballError) -> None:
         """An error response where nothing was sent; else an error event where it is a stream, and the end."""
