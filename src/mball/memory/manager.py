@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from mball.memory.invariants import Books
 from mball.memory.ledger import Ledger
 from mball.memory.model import Model
 from mball.memory.nursery import Nursery
+from mball.memory.outlook import progress, ready_in_s
 from mball.memory.pressure_watch import Gauge, PressureWatch
 from mball.memory.queue import Ticket
 from mball.memory.roster import Changes, Roster
@@ -289,17 +289,12 @@ class Manager:
         """After how many seconds a request for the model may well be served, from what bringing it in, and answering
         those that wait, was measured to take; at least 1."""
         model = self._roster.answering(name)
-        if model is None:
-            return 1.0
-        turn_s = model.queue.turn_s
-        if model.queue.is_open:
-            return float(math.ceil(max(1.0, turn_s)))
-        now = time.monotonic()
-        start_s = (model.figures.start_s.value or 0.0) if model.worker is None else 0.0
-        beside = [m for m in self._devices.of(model).models.values() if m.on_device and m is not model]
-        stays = [m.stay_s() - (now - m.opened_s) for m in beside]
-        ready_s = max(start_s + model.promote_s + max(0.0, *stays, 0.0), model.not_before_s - now)
-        return float(math.ceil(max(1.0, ready_s + turn_s)))
+        return 1.0 if model is None else ready_in_s(model, self._devices.of(model).models.values())
+
+    def progress(self, name: str) -> dict[str, Any]:
+        """JSON for those that wait for a model: the rung it is on, what is loaded of it, and how long it may take."""
+        model = self._roster.answering(name)
+        return {"model": name} if model is None else {**progress(model), "expected_s": self.retry_after_s(name)}
 
     def not_ready(self) -> str | None:
         """Why requests should not be sent here; None where they should."""

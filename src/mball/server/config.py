@@ -173,6 +173,15 @@ class TlsConfig(BaseModel):
     keyfile: Path = Field(description="Its private key, without a password; for the server's user to read alone.")
 
 
+class AdminConfig(BaseModel):
+    """An address of its own for what an operator needs."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
+
+    host: str = "127.0.0.1"
+    port: int = Field(ge=0, le=65535, description="Another than the server's; 0 takes a free one.")
+
+
 class SwapConfig(BaseModel):
     """A store on a disk for weights and KV that leave memory."""
 
@@ -239,6 +248,10 @@ class Config(BaseSettings):
     api_keys: tuple[KeyConfig, ...] = Field(
         default=(), description="Who may ask; without any whoever reaches the address may, and move models too."
     )
+    admin: AdminConfig | None = Field(
+        default=None,
+        description="Where `/mball/…`, `/metrics` and all else answers; the server's own address lacks those two then.",
+    )
     tls: TlsConfig | None = Field(default=None, description="HTTPS in place of HTTP.")
     max_body_bytes: ConfigSize = Field(default=16 * MiB, description="The largest request body.")
     max_queue: int = Field(default=1024, ge=1, description="Requests that may wait for their models, in all.")
@@ -277,6 +290,12 @@ class Config(BaseSettings):
         if len(kinds) != 1:
             what = "no device is named" if not kinds else f"devices of several kinds: {', '.join(sorted(kinds))}"
             raise ValueError(f"{what}; name some of one kind")
+        return self
+
+    @model_validator(mode="after")
+    def _addresses_differ(self) -> Config:
+        if self.admin is not None and self.admin.port and self.admin.port == self.port:
+            raise ValueError(f"port {self.port} is the server's own: give `admin` another")
         return self
 
     @model_validator(mode="after")

@@ -109,6 +109,8 @@ def serve(
     The configuration is read anew from `file`, and under `flags`, as that changes and on SIGHUP.
     """
     notifier, live = Notifier(), Live(config)
+    admin = None if config.admin is None else bind(config.admin.host, config.admin.port)
+    sockets = [sock] if admin is None else [sock, admin]
     if file is not None:
         # Until it can be heeded: the default would end the process.
         signal.signal(signal.SIGHUP, lambda *_: None)
@@ -123,7 +125,7 @@ def serve(
             reloader = Reloader(file, read, specs, live, manager, notifier.reloading)
         server = _Server(
             uvicorn.Config(
-                create_app(manager, config, live),
+                create_app(manager, config, live, admin_port=None if admin is None else admin.getsockname()[1]),
                 log_config=None,
                 access_log=False,
                 proxy_headers=False,
@@ -140,9 +142,10 @@ def serve(
             reloader,
         )
         try:
-            server.run(sockets=[sock])
+            server.run(sockets=sockets)
         finally:
-            sock.close()
+            for each in sockets:
+                each.close()
         if not server.started:
             raise MballError("the server could not start; the log above says why")
 

@@ -32,6 +32,7 @@ class Gateway:
     url: str
     http: aiohttp.ClientSession
     live: Live
+    admin_url: str = ""
 
     def state(self, name: str) -> dict[str, Any]:
         state: dict[str, Any] = next(m for m in self.manager.snapshot()["models"] if m["name"] == name)
@@ -63,20 +64,24 @@ async def gateway(runtime_dir: Path, device: SimulatedDevice) -> AsyncIterator[S
             config = Config(drain_timeout_s=1.0, **settings)
             live = Live(config)
             sock = bind("127.0.0.1", 0)
-            server = uvicorn.Server(
-                uvicorn.Config(create_app(manager, config, live), log_config=None, timeout_graceful_shutdown=1)
-            )
-            running = asyncio.create_task(server._serve([sock]))
+            admin = bind("127.0.0.1", 0) if config.admin is not None else sock
+            admin_port = admin.getsockname()[1]
+            app = create_app(manager, config, live, admin_port=admin_port if config.admin is not None else None)
+            server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+            running = asyncio.create_task(server._serve([sock] if admin is sock else [sock, admin]))
 
             async def stop() -> None:
                 server.should_exit = True
                 async with asyncio.timeout(60):
                     await running
 
+            stack.callback(admin.close)
             stack.callback(sock.close)
             stack.push_async_callback(stop)
             http = await stack.enter_async_context(aiohttp.ClientSession())
-            gateway = Gateway(manager, f"http://127.0.0.1:{sock.getsockname()[1]}", http, live)
+            gateway = Gateway(
+                manager, f"http://127.0.0.1:{sock.getsockname()[1]}", http, live, f"http://127.0.0.1:{admin_port}"
+            )
             await gateway.until(lambda: server.started)
             return gateway
 

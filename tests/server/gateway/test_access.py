@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from typer.testing import CliRunner
+from yarl import URL
 
 from mball.errors import ConfigError, RateLimited
 from mball.server.cli import app
@@ -86,6 +87,31 @@ async def test_moving_models_takes_an_operator_s_key(gateway: Start) -> None:
     assert running.state("a")["starts"] == 0
     async with running.http.get(f"{running.url}/mball/v1/state", headers=bearer(ADMIN)) as response:
         assert response.status == 200
+
+
+async def test_an_operator_s_routes_are_at_their_own_address_alone(gateway: Start) -> None:
+    running = await gateway(model("a"), api_keys=KEYS, admin={"port": 0})
+    for path in ("/mball/v1/state", "/%6dball/v1/state", "/metrics"):
+        for host in ("127.0.0.1", running.admin_url.removeprefix("http://")):
+            headers = {**bearer(ADMIN), "host": host}
+            async with running.http.get(URL(running.url + path, encoded=True), headers=headers) as response:
+                assert response.status == 404
+                assert "not found" in (await error_of(response))["message"]
+        async with running.http.get(URL(running.admin_url + path, encoded=True), headers=bearer(ADMIN)) as response:
+            assert response.status == 200
+        async with running.http.get(running.admin_url + path, headers=bearer(USER)) as response:
+            assert response.status == 403
+    for url, status in ((running.url, 404), (running.admin_url, 200)):
+        async with running.http.get(f"{url}/ui") as response:
+            assert response.status == status
+    for url in (running.url, running.admin_url):
+        async with running.http.post(url + CHAT, data=body("a"), headers=bearer(USER)) as response:
+            assert response.status == 200
+
+
+def test_the_two_addresses_differ() -> None:
+    with pytest.raises(ConfigError, match="give `admin` another"):
+        load_config(None, {"port": 8000, "admin": {"port": 8000}})
 
 
 async def test_an_adapter_is_for_those_keys_that_name_it(gateway: Start) -> None:

@@ -78,3 +78,19 @@ async def test_a_worker_s_refusal_after_them_is_an_event(gateway: Start) -> None
     assert json.loads(lines[-1].removeprefix(b"data: "))["error"]
     found = await ended(running, 1)
     assert at(found, "mball:requests_total", model_name="a", code="200") == 0
+
+
+async def test_who_asks_for_progress_gets_events_that_say_how_far_it_is(gateway: Start) -> None:
+    running = await gateway(model("a", Knobs(promote_s=1.5)))
+    headers = {"X-MBALL-Progress": "1"}
+    async with running.http.post(f"{running.url}/v1/chat/completions", json=body("a"), headers=headers) as response:
+        events = (await response.read()).split(b"\n\n")
+    told = [event.split(b"\ndata: ") for event in events if event.startswith(b"event: mball.progress\n")]
+    assert len(told) >= 2
+    assert {name for name, _ in told} == {b"event: mball.progress"}
+    last = json.loads(told[-1][1])
+    assert (last["model"], last["queued"]) == ("a", 1)
+    assert last["expected_s"] >= 1
+    assert events[-2:] == [b"data: [DONE]", b""]
+    async with running.http.post(f"{running.url}/v1/chat/completions", json=body("a"), headers=headers) as response:
+        assert b"mball.progress" not in await response.read()

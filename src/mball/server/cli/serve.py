@@ -58,13 +58,15 @@ def serve(
     sock = socket.socket(fileno=fd) if fd is not None else run.bind(loaded.host, loaded.port)
     address = sock.getsockname()
     names = ", ".join(model.name for model in loaded.models)
-    if not loaded.api_keys and loaded.host not in ("127.0.0.1", "::1", "localhost"):
-        typer.echo(
-            f"mball: whoever reaches {loaded.host} may ask, and move models: set `api_keys` (`mball keys new NAME`)",
-            file=sys.stderr,
-        )
+    addresses = [(loaded.host, loaded.admin is None)] + ([(loaded.admin.host, True)] if loaded.admin else [])
+    for where, moves in addresses:
+        if not loaded.api_keys and where not in ("127.0.0.1", "::1", "localhost"):
+            may = "may ask, and move models" if moves else "may ask"
+            typer.echo(f"mball: whoever reaches {where} {may}: set `api_keys` (`mball keys new NAME`)", file=sys.stderr)
     scheme = "http" if loaded.tls is None else "https"
     typer.echo(f"MBALL serves {names} on {scheme}://{address[0]}:{address[1]}/v1", file=sys.stderr)
+    if loaded.admin is not None:
+        typer.echo(f"Its operator asks {scheme}://{loaded.admin.host}:{loaded.admin.port}", file=sys.stderr)
     run.serve(loaded, sock, config, flags)
 
 

@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mball.errors import Forbidden, RateLimited, Unauthorized, UnknownModel
 from mball.memory.rates import Smoothed
-from mball.server.http import error_response
+from mball.server.http import error_response, on_http_error
 
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/ui"})
 """Open to everybody: a probe of an orchestrator has no key, and learns nothing of the models; nor does the page, which
@@ -27,6 +29,9 @@ asks for one."""
 
 ADMIN_PREFIX = "/mball/"
 _ADMIN_PATHS = frozenset({"/metrics"})
+_ADMIN_PAGES = frozenset({"/ui"})
+"""Without a key, and of no use where the operator's routes are not."""
+
 _PREFIX = "mb-"
 _MINUTE_S = 60.0
 
@@ -147,11 +152,13 @@ NOBODY = Key("", "", admin=True, limits=Limits(priority=-(2**63)))
 
 
 class Access:
-    """ASGI middleware before every route. What it lets in has the key in `scope["state"]["key"]`."""
+    """ASGI middleware before every route. What it lets in has the key in `scope["state"]["key"]`. An operator's routes
+    are on `admin_port` alone, where there is one."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[Key]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[Key], admin_port: int | None = None) -> None:
         self._app = app
         self._keys = keys
+        self._admin_port = admin_port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -162,6 +169,10 @@ class Access:
         except (Unauthorized, Forbidden) as error:
             await error_response(error)(scope, receive, send)
             return
+        if self._is_elsewhere(scope):
+            response = await on_http_error(Request(scope), HTTPException(404))
+            await response(scope, receive, send)
+            return
         scope.setdefault("state", {})["key"] = key
         await self._app(scope, receive, send)
 
@@ -171,9 +182,16 @@ class Access:
         key = self._find(headers)
         if key is None:
             raise Unauthorized("no valid API key: send it as `Authorization: Bearer KEY` (`mball keys new` makes one)")
-        if (path.startswith(ADMIN_PREFIX) or path in _ADMIN_PATHS) and not key.admin:
+        if _is_admin(path) and not key.admin:
             raise Forbidden(f"the key {key.name!r} may not administer the server; one with `admin: true` may")
         return key
+
+    def _is_elsewhere(self, scope: Scope) -> bool:
+        path = scope["path"]
+        if self._admin_port is None or not (_is_admin(path) or path in _ADMIN_PAGES):
+            return False
+        server = scope.get("server")
+        return server is None or server[1] != self._admin_port
 
     def _find(self, headers: Headers) -> Key | None:
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -185,3 +203,7 @@ class Access:
             if hmac.compare_digest(key.sha256, wanted):
                 found = key
         return found
+
+
+def _is_admin(path: str) -> bool:
+    return path.startswith(ADMIN_PREFIX) or path in _ADMIN_PATHS

@@ -31,8 +31,9 @@ FORWARDED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", 
 """What reaches a worker; nothing else does."""
 
 
-def create_app(manager: Manager, config: Config, live: Live | None = None) -> FastAPI:
-    """The gateway over a manager, which starts and closes with the app. `live` is what a reload replaces."""
+def create_app(manager: Manager, config: Config, live: Live | None = None, *, admin_port: int | None = None) -> FastAPI:
+    """The gateway over a manager, which starts and closes with the app. `live` is what a reload replaces; an operator's
+    routes answer on `admin_port` alone, where there is one."""
     live = Live(config) if live is None else live
     workers = Workers()
     metrics = Metrics(manager)
@@ -60,7 +61,7 @@ def create_app(manager: Manager, config: Config, live: Live | None = None) -> Fa
     app.include_router(admin.router(manager))
     app.include_router(ui.router())
     app.add_middleware(Shortcut, paths=FORWARDED_PATHS, endpoint=forward)
-    app.add_middleware(Access, keys=live.keys)
+    app.add_middleware(Access, keys=live.keys, admin_port=admin_port)
     return app
 
 

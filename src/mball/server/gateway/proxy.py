@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -25,6 +26,7 @@ _log = structlog.get_logger(__name__)
 _FORWARDED_HEADERS = frozenset({b"content-type", b"content-length", b"cache-control", b"retry-after"})
 _DONE = b"data: [DONE]\n\n"
 _EVENTS: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+_PROGRESS_S = 0.5
 _PIECE = b"data: "
 _BYTES_OF_A_TOKEN = 4
 _MOST_OF_AN_ERROR = 64 * 1024
@@ -78,11 +80,11 @@ class Forward(Response):
                 self._key.spend(len(self._call.body) // _BYTES_OF_A_TOKEN + answer.pieces if tokens is None else tokens)
 
     async def _serve_alive(self, answer: _Answer) -> None:
-        every_s = self._config.sse_keepalive_s
+        every_s = _PROGRESS_S if self._call.progress else self._config.sse_keepalive_s
         if every_s is None or not self._call.stream:
             await self._serve(answer)
             return
-        comments = asyncio.create_task(answer.keep_alive(self._call.model, every_s), name="keep-alive")
+        comments = asyncio.create_task(answer.keep_alive(self._news, every_s), name="keep-alive")
         try:
             await self._serve(answer)
         finally:
@@ -90,6 +92,13 @@ class Forward(Response):
             await asyncio.wait({comments})
             if not comments.cancelled() and (error := comments.exception()) is not None:
                 _log.info("no comment", model=self._call.model, error=repr(error))
+
+    def _news(self) -> bytes:
+        """What a stream that waits is told: a comment, or an event where it asked for those."""
+        model = self._call.model
+        if not self._call.progress:
+            return f": {json.dumps(model)} is being brought in, or at the prompt\n\n".encode()
+        return b"event: mball.progress\n" + _event(self._manager.progress(model))
 
     async def _serve(self, answer: _Answer) -> None:
         longest_s, own_s = self._config.request_timeout_s, self._call.timeout_s
@@ -150,7 +159,7 @@ class _Answer:
         self._started = False
         self._arrived = asyncio.Event()
 
-    async def keep_alive(self, model: str, every_s: float) -> None:
+    async def keep_alive(self, news: Callable[[], bytes], every_s: float) -> None:
         """Comments, which clients pass over and proxies see, until the worker's first bytes are there."""
         while True:
             try:
@@ -159,8 +168,7 @@ class _Answer:
                 return
             except TimeoutError:
                 await self._start(200, _EVENTS)
-                comment = f": {json.dumps(model)} is being brought in, or at the prompt\n\n".encode()
-                await self._send({"type": "http.response.body", "body": comment, "more_body": True})
+                await self._send({"type": "http.response.body", "body": news(), "more_body": True})
 
     async def _start(self, status: int, headers: Headers) -> None:
         if not self._started:

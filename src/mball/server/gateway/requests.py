@@ -15,6 +15,7 @@ from mball.server.http import parse_object, read_body
 
 TIMEOUT_HEADER = "x-request-timeout"
 PRIORITY_HEADER = "x-request-priority"
+PROGRESS_HEADER = "x-mball-progress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,8 @@ class Call:
     """A request for a model: the very bytes of its body, and what the gateway needs of it.
 
     `priority`: the lower goes first (None: it names none). `timeout_s`: what it gives for a whole answer since
-    `began_s` of the monotonic clock (None: as long as the server does).
+    `began_s` of the monotonic clock (None: as long as the server does). `progress`: while its stream waits, events tell
+    how its model comes.
     """
 
     body: bytes
@@ -31,6 +33,7 @@ class Call:
     priority: int | None = None
     timeout_s: float | None = None
     began_s: float = 0.0
+    progress: bool = False
 
 
 async def read_call(request: Request, max_body_bytes: int) -> Call:
@@ -45,7 +48,8 @@ async def read_call(request: Request, max_body_bytes: int) -> Call:
     stream = fields.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise InvalidRequest("`stream` must be true or false", param="stream")
-    return Call(body, model, bool(stream), _priority(fields, request.headers), timeout_s, began_s)
+    progress = request.headers.get(PROGRESS_HEADER, "").lower() in ("1", "true")
+    return Call(body, model, bool(stream), _priority(fields, request.headers), timeout_s, began_s, progress)
 
 
 def _priority(fields: dict[str, Any], headers: Headers) -> int | None:
