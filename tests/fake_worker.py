@@ -113,6 +113,7 @@ class FakeWorker:
         self.image: int | None = None
         self.image_ready = False
         self.in_flight = 0
+        self.asked: str | None = None
         self.ballooned = 0
         self.threads = spec.threads
         self.unwanted = asyncio.Event()
@@ -315,6 +316,7 @@ class FakeWorker:
         return {
             "resident": self.resident,
             "in_flight": self.in_flight,
+            "asked": self.asked,
             "from_image": self.image_ready,
             "environment": dict(os.environ),
             "drawn": drawn(),
@@ -333,6 +335,7 @@ class FakeWorker:
         if not self.resident:
             return web.json_response({"error": {"message": "the weights are not on the device"}}, status=503)
         body = await request.json()
+        self.asked = request.headers.get("x-request-id")
         self.in_flight += 1
         try:
             await self.fault("request")

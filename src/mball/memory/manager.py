@@ -29,6 +29,7 @@ from mball.memory.figures_keeper import FiguresKeeper
 from mball.memory.images import Images
 from mball.memory.invariants import Books
 from mball.memory.ledger import Ledger
+from mball.memory.log_follower import follow
 from mball.memory.model import Model
 from mball.memory.nursery import Nursery
 from mball.memory.outlook import progress, ready_in_s
@@ -338,6 +339,10 @@ class Manager:
     def log_tail(self, name: str) -> str:
         """The last lines of the log of the model's workers. Reads a file: call it off the loop. Raises UnknownModel."""
         return log_tail(log_path(self._log_dir, self._model(name).name))
+
+    def log_lines(self, name: str) -> AsyncIterator[str]:
+        """The same, and what they write from now on, until the server drains. Raises UnknownModel, later OSError."""
+        return follow(log_path(self._log_dir, self._model(name).name), self._draining)
 
     def begin_drain(self) -> None:
         """From now on requests get Draining, those that wait too; those in flight go on. A second call ends those."""

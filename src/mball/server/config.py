@@ -262,6 +262,7 @@ class Config(BaseSettings):
         description="How often a stream that waits for its model gets a comment, so that nobody between gives it up; "
         "from the first one on errors are events. null: never.",
     )
+    log_requests: bool = Field(default=True, description="A line of the log for each request that reached its model.")
     start_timeout_s: Seconds = Field(default=300.0, description="How long a worker may take to start.")
     zygote: bool = Field(
         default=True, description="Fork workers from a process that has done their imports: seconds less a start."

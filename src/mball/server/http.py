@@ -118,7 +118,11 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
 async def on_unexpected(request: Request, error: Exception) -> JSONResponse:
     """Starlette logs the traceback itself."""
     _log.error("request failed", path=request.url.path, error=repr(error))
-    return error_response(error)
+    response = error_response(error)
+    # Its answer is sent from outside of all that would name it.
+    if request_id := request.scope.get("state", {}).get("request_id"):
+        response.headers["x-request-id"] = request_id
+    return response
 
 
 class ClientLeft(MballError):

@@ -22,6 +22,14 @@ class _Unfailing:
             sys.stderr.flush()
 
 
+def plain(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """A structlog processor: what is told of requests and files stays one line and moves no terminal's cursor."""
+    for name, value in event.items():
+        if isinstance(value, str) and not value.isprintable():
+            event[name] = value.encode("unicode_escape").decode("ascii")
+    return event
+
+
 def configure_logging(level: int = logging.INFO) -> None:
     """Idempotent. The standard library's loggers (uvicorn's) go the same way."""
     terminal = sys.stderr.isatty()
@@ -29,6 +37,7 @@ def configure_logging(level: int = logging.INFO) -> None:
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="%H:%M:%S" if terminal else "iso", utc=not terminal),
+        plain,
     ]
     final: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()

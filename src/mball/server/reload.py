@@ -29,6 +29,7 @@ LIVE = frozenset(
         "queue_timeout_s",
         "request_timeout_s",
         "sse_keepalive_s",
+        "log_requests",
         "reload_on_change",
     }
 )

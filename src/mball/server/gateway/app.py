@@ -18,11 +18,12 @@ from mball.errors import MballError, UnknownModel
 from mball.memory.manager import Manager
 from mball.server import http
 from mball.server.config import Config
-from mball.server.gateway import admin, ui
+from mball.server.gateway import admin, logs, ui
 from mball.server.gateway.access import Access, Key
 from mball.server.gateway.live import Live
 from mball.server.gateway.metrics import CONTENT_TYPE, Metrics
 from mball.server.gateway.proxy import Forward
+from mball.server.gateway.request_ids import RequestIds
 from mball.server.gateway.requests import read_call
 from mball.server.gateway.shortcut import Endpoint, Shortcut
 from mball.server.gateway.upstream import Workers
@@ -58,10 +59,12 @@ def create_app(manager: Manager, config: Config, live: Live | None = None, *, ad
     app.include_router(_openai(manager, forward))
     app.include_router(_probes(manager))
     app.include_router(_metrics(metrics))
+    app.include_router(logs.router(manager))
     app.include_router(admin.router(manager))
     app.include_router(ui.router())
     app.add_middleware(Shortcut, paths=FORWARDED_PATHS, endpoint=forward)
     app.add_middleware(Access, keys=live.keys, admin_port=admin_port)
+    app.add_middleware(RequestIds)
     return app
 
 
@@ -79,6 +82,7 @@ def _forward(manager: Manager, workers: Workers, live: Live, metrics: Metrics) -
             call,
             key,
             request.scope["path"],
+            request.state.request_id,
             manager,
             workers,
             measured,

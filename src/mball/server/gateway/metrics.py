@@ -109,6 +109,12 @@ class Request:
         """Of its answer's bytes."""
         self._first_s = time.perf_counter() - self._began
 
+    def told(self) -> dict[str, Any]:
+        """Of it, for the log; no model that is not served is named there."""
+        times = {"queue_s": self._admitted_s, "first_s": self._first_s, "took_s": time.perf_counter() - self._began}
+        rounded = {name: round(seconds, 4) for name, seconds in times.items() if seconds is not None}
+        return {"model": self._model or None, **rounded}
+
     def end(self, code: int, tail: bytes) -> int | None:
         """`tail`: the last bytes of its answer. How many tokens it took, prompt and answer; None where it said none."""
         metrics, model = self._metrics, self._model

@@ -16,6 +16,7 @@ from mball.errors import DeadlineExceeded, MballError, RequestError, Unavailable
 from mball.memory.manager import Manager
 from mball.server import http, tenants
 from mball.server.config import Config
+from mball.server.gateway import request_ids
 from mball.server.gateway.access import Key
 from mball.server.gateway.metrics import CLIENT_LEFT, TAIL_BYTES, Request
 from mball.server.gateway.requests import Call
@@ -45,6 +46,7 @@ class Forward(Response):
         call: Call,
         key: Key,
         path: str,
+        request_id: str,
         manager: Manager,
         workers: Workers,
         measured: Request,
@@ -55,6 +57,7 @@ class Forward(Response):
         self._call = call
         self._key = key
         self._path = path
+        self._request_id = request_id
         self._manager = manager
         self._workers = workers
         self._measured = measured
@@ -75,9 +78,17 @@ class Forward(Response):
             raise
         finally:
             tokens = self._measured.end(code, answer.tail)
+            if self._config.log_requests:
+                self._log(code, tokens)
             if answer.asked:
                 # One that was cut off, or says nothing, is counted by what can be seen of it.
                 self._key.spend(len(self._call.body) // _BYTES_OF_A_TOKEN + answer.pieces if tokens is None else tokens)
+
+    def _log(self, code: int, tokens: int | None) -> None:
+        key, call = self._key.name or None, self._call
+        _log.info(
+            "request", path=self._path, key=key, code=code, stream=call.stream, tokens=tokens, **self._measured.told()
+        )
 
     async def _serve_alive(self, answer: _Answer) -> None:
         every_s = _PROGRESS_S if self._call.progress else self._config.sse_keepalive_s
@@ -128,7 +139,7 @@ class Forward(Response):
         async with self._manager.admit(self._call.model, deadline_s=wait_s, priority=self._priority) as ticket:
             self._measured.admitted()
             answer.asked = True
-            headers = [(tenants.HEADER, tenants.tenant(self._key.name))]
+            headers = [(tenants.HEADER, tenants.tenant(self._key.name)), (request_ids.HEADER, self._request_id)]
             try:
                 async with self._workers.post(
                     self._call.model, ticket.socket_path, self._path, self._call.body, headers
