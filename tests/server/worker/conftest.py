@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 import openai
@@ -18,7 +19,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama import LlamaConfig
 
+from mball.device.account import OpenAccount
 from mball.memory.spec import WorkerSpec
+from mball.server.engine import open_engine
+from mball.server.engine.engine import GenerateEngine
 from mball.server.worker.app import create_app
 from mball.server.worker.process import _listen
 from mball.server.worker.service import Service
@@ -201,6 +205,27 @@ async def http_side(service: Service, path: Path) -> AsyncIterator[httpx.AsyncCl
 
 
 MakeWorker = Callable[..., contextlib.AbstractAsyncContextManager[Worker]]
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_model: Path) -> Iterator[GenerateEngine]:
+    """Its steps take eight tokens each, so that every prompt is computed in pieces beside others' tokens."""
+    spec = WorkerSpec("echo", str(tiny_model), "", device="cpu", threads=1, block_size=8, max_num_batched_tokens=8)
+    engine = open_engine(spec, OpenAccount())
+    assert isinstance(engine, GenerateEngine)
+    engine.promote(None)
+    yield engine
+    engine.close()
+
+
+@contextlib.asynccontextmanager
+async def serving(engine: Any, tokenizer: WorkerTokenizer, path: Path) -> AsyncIterator[Worker]:
+    """The HTTP side over an engine that is there already."""
+    service = Service(WorkerSpec(model="echo", path="none", max_logprobs=5), engine, tokenizer)
+    service.open_gate()
+    async with http_side(service, path) as client:
+        api = openai.AsyncOpenAI(base_url="http://worker/v1", api_key="none", http_client=client, max_retries=0)
+        yield Worker(service, engine, client, api, str(path))
 
 
 @pytest.fixture

@@ -6,26 +6,21 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-import openai
 import pytest
 
-from mball.device.account import OpenAccount
 from mball.errors import InvalidRequest
-from mball.memory.spec import WorkerSpec
-from mball.server.engine import open_engine
 from mball.server.engine.api import GenerateRequest, Output, SamplingParams
 from mball.server.engine.engine import GenerateEngine
 from mball.server.worker import structured
-from mball.server.worker.service import Service
 from mball.server.worker.structured import Grammars, read_response_format
 from mball.server.worker.tokenizer import Tokenizer
 from tests.server.engine.driving import Run
-from tests.server.worker.conftest import Worker, http_side
+from tests.server.worker.conftest import Worker, serving
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello there"}]
@@ -45,29 +40,10 @@ def of_schema(schema: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_model: Path) -> Iterator[GenerateEngine]:
-    """Its steps take eight tokens each, so that every prompt is computed in pieces beside others' tokens."""
-    spec = WorkerSpec("echo", str(tiny_model), "", device="cpu", threads=1, block_size=8, max_num_batched_tokens=8)
-    engine = open_engine(spec, OpenAccount())
-    assert isinstance(engine, GenerateEngine)
-    engine.promote(None)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def tiny_tokenizer(tiny_model: Path) -> Tokenizer:
-    return Tokenizer(str(tiny_model))
-
-
 @pytest.fixture
-async def real(engine: GenerateEngine, tiny_tokenizer: Tokenizer, tmp_path: Path) -> AsyncIterator[Worker]:
-    service = Service(WorkerSpec(model="echo", path="none", max_logprobs=5), engine, tiny_tokenizer)
-    service.open_gate()
-    async with http_side(service, tmp_path / "w.sock") as client:
-        api = openai.AsyncOpenAI(base_url="http://worker/v1", api_key="none", http_client=client, max_retries=0)
-        yield Worker(service, engine, client, api, "")  # type: ignore[arg-type]
+async def real(tiny_engine: GenerateEngine, tokenizer: Tokenizer, tmp_path: Path) -> AsyncIterator[Worker]:
+    async with serving(tiny_engine, tokenizer, tmp_path / "w.sock") as worker:
+        yield worker
 
 
 async def answers(worker: Worker, **body: Any) -> list[str]:
@@ -199,15 +175,17 @@ def test_tokenizers_with_a_space_before_the_text(tokenizer_dir: Any) -> None:
     assert json.loads(tokenizer.decode(ids)) == "the quick"
 
 
-def test_a_sequence_whose_grammar_fails_ends_with_an_error(engine: GenerateEngine, tiny_tokenizer: Tokenizer) -> None:
+def test_a_sequence_whose_grammar_fails_ends_with_an_error(tiny_engine: GenerateEngine, tokenizer: Tokenizer) -> None:
     """One that was used up already: no token is allowed, and the engine goes on with the others."""
-    grammar = Grammars(tiny_tokenizer, 512, frozenset({2})).of_schema("{}", "x")
-    assert not grammar.accept(tiny_tokenizer._backend.encode("}").ids[0])
+    grammar = Grammars(tokenizer, 512, frozenset({2})).of_schema("{}", "x")
+    assert not grammar.accept(tokenizer._backend.encode("}").ids[0])
     outputs: list[Output] = []
-    done = Run(engine, "free", [5, 6, 7], max_tokens=4)
-    engine.submit(GenerateRequest("g", [5, 6], SamplingParams(max_tokens=4, seed=1), grammar=grammar), outputs.append)
+    done = Run(tiny_engine, "free", [5, 6, 7], max_tokens=4)
+    tiny_engine.submit(
+        GenerateRequest("g", [5, 6], SamplingParams(max_tokens=4, seed=1), grammar=grammar), outputs.append
+    )
     done.wait()
-    Run(engine, "after", [5, 6, 7], max_tokens=4).wait()
+    Run(tiny_engine, "after", [5, 6, 7], max_tokens=4).wait()
     assert outputs[-1].finish_reason == "error"
     assert "grammar" in (outputs[-1].error or "")
 

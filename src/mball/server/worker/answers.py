@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import secrets
-import time
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager
-from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from mball.errors import MballError
-from mball.server.http import ClientLeft, error_body, unless_disconnected
-from mball.server.worker.formats import Format, Json
+from mball.server.http import ClientLeft, unless_disconnected
+from mball.server.worker.formats import Format, Usage
 from mball.server.worker.generation import Delta, Generation
 
 SEND_TIMEOUT_S = 60.0
@@ -27,29 +23,13 @@ class Answer(Response):
     """Runs the generation for as long as its client stays; then none of its sequences is left in the engine."""
 
     def __init__(
-        self,
-        running: AbstractAsyncContextManager[Generation],
-        form: Format,
-        *,
-        model: str,
-        fingerprint: str,
-        prompt_tokens: int,
-        stream: bool,
-        include_usage: bool,
+        self, running: AbstractAsyncContextManager[Generation], form: Format, *, prompt_tokens: int, stream: bool
     ) -> None:
         super().__init__()
         self._running = running
         self._form = form
         self._prompt_tokens = prompt_tokens
         self._stream = stream
-        self._include_usage = include_usage
-        self._head: Json = {
-            "id": form.id_prefix + secrets.token_hex(12),
-            "object": form.chunk_object if stream else form.object,
-            "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": fingerprint,
-        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(ClientLeft):
@@ -69,7 +49,7 @@ class Answer(Response):
                     choice.tokens += delta.tokens
                     choice.finish_reason = delta.finish_reason or choice.finish_reason
             usage = self._usage(generation)
-        return JSONResponse({**self._head, "choices": [self._form.whole(c) for c in choices], "usage": usage})
+        return JSONResponse(self._form.whole(choices, usage))
 
     async def _send_events(self, send: Send) -> None:
         events = self._events()
@@ -82,7 +62,7 @@ class Answer(Response):
                 async for event in events:
                     await _send_body(send, event)
             except MballError as error:
-                await _send_body(send, _event(error_body(error)))
+                await _send_body(send, self._form.failure(error))
             await _send_body(send, b"", more=False)
         finally:
             await events.aclose()
@@ -91,32 +71,18 @@ class Answer(Response):
         async with self._running as generation:
             opened = False
             async for deltas in generation.deltas():
-                if not opened:
-                    opened = True
-                    for index in range(generation.size):
-                        if (choice := self._form.opening(index)) is not None:
-                            yield self._chunk([choice])
+                for opening in [] if opened else self._form.opening():
+                    yield opening
+                opened = True
                 for delta in deltas:
-                    yield self._chunk([self._form.chunk(delta)])
-            if self._include_usage:
-                yield self._chunk([], self._usage(generation))
-        yield b"data: [DONE]\n\n"
+                    for event in self._form.events(delta):
+                        yield event
+            closing = self._form.closing(self._usage(generation))
+        for event in closing:
+            yield event
 
-    def _chunk(self, choices: list[Json], usage: Json | None = None) -> bytes:
-        chunk = {**self._head, "choices": choices}
-        return _event({**chunk, "usage": usage} if self._include_usage else chunk)
-
-    def _usage(self, generation: Generation) -> Json:
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": generation.completion_tokens,
-            "total_tokens": self._prompt_tokens + generation.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
-        }
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    def _usage(self, generation: Generation) -> Usage:
+        return Usage(self._prompt_tokens, generation.completion_tokens, generation.cached_tokens)
 
 
 async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:

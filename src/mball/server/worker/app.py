@@ -16,13 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mball.errors import InvalidRequest, MballError
 from mball.server import http, tenants
-from mball.server.engine.grammar import Grammar
 from mball.server.tenants import salted
 from mball.server.worker.answers import Answer
+from mball.server.worker.chat import prepare
 from mball.server.worker.embeddings import answer_embeddings
-from mball.server.worker.formats import ChatFormat, CompletionFormat, Format
+from mball.server.worker.formats import ChatFormat, CompletionFormat
 from mball.server.worker.generation import Job
-from mball.server.worker.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, SamplingRequest, parse
+from mball.server.worker.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, parse
 from mball.server.worker.sampling import Wanted, sampling_params
 from mball.server.worker.service import Service
 from mball.server.worker.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
@@ -96,26 +96,16 @@ def _post(path: str, service: Service, handler: _Handler) -> Route:
 
 
 async def _chat(service: Service, body: bytes, tenant: str) -> Response:
-    engine = service.generator("/v1/chat/completions")
     request = parse(ChatRequest, http.parse_object(body))
-    service.check_model(request.model)
-    prompt = await service.in_text_thread(lambda: service.tokenizer.encode_chat(request.messages, engine.max_model_len))
-    wanted = Wanted(request.wanted_tokens, request.wanted_logprobs)
-    params = sampling_params(request, wanted, len(prompt), engine, service.spec.max_logprobs)
-    grammar = await _grammar(service, request)
-    jobs = [
-        Job(prompt, sampling, salted(tenant, request.cache_salt), None if grammar is None else grammar.copy())
-        for sampling in params
-    ]
-    return _answer(service, request, jobs, ChatFormat(service.tokenizer, wanted.logprobs), len(prompt))
-
-
-async def _grammar(service: Service, request: ChatRequest) -> Grammar | None:
-    """What each choice is kept to."""
-    schema = request.response_format
-    if schema is None:
-        return None
-    return await service.grammar(lambda grammars: grammars.of_schema(schema, "response_format"))
+    chat = await prepare(service, request, tenant, "/v1/chat/completions")
+    form = ChatFormat(
+        service.tokenizer,
+        request.wanted_logprobs,
+        (service.spec.model, service.fingerprint),
+        [chat.reader() for _ in chat.jobs],
+        include_usage=request.include_usage,
+    )
+    return chat.answer(service, request, form)
 
 
 async def _completions(service: Service, body: bytes, tenant: str) -> Response:
@@ -128,20 +118,11 @@ async def _completions(service: Service, body: bytes, tenant: str) -> Response:
         prompt_tokens += len(prompt)
         params = sampling_params(request, wanted, len(prompt), engine, service.spec.max_logprobs)
         jobs += [Job(prompt, sampling, salted(tenant, request.cache_salt)) for sampling in params]
-    return _answer(service, request, jobs, CompletionFormat(service.tokenizer, wanted.logprobs), prompt_tokens)
-
-
-def _answer(service: Service, request: SamplingRequest, jobs: list[Job], form: Format, prompt_tokens: int) -> Answer:
     service.check_open()
-    return Answer(
-        service.generation(jobs, request.stop),
-        form,
-        model=service.spec.model,
-        fingerprint=service.fingerprint,
-        prompt_tokens=prompt_tokens,
-        stream=request.stream,
-        include_usage=request.include_usage,
-    )
+    served = (service.spec.model, service.fingerprint)
+    form = CompletionFormat(service.tokenizer, wanted.logprobs, served, include_usage=request.include_usage)
+    running = service.generation(jobs, request.stop)
+    return Answer(running, form, prompt_tokens=prompt_tokens, stream=request.stream)
 
 
 async def _embeddings(service: Service, body: bytes, _: str) -> Response:

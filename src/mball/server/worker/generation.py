@@ -24,7 +24,7 @@ STALL_S = 900.0
 MAX_BACKLOG = 65_536
 """Tokens that may wait for a reader who is too slow."""
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class NotResident(Unavailable):
@@ -41,12 +41,16 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One choice: a prompt and how it is continued, with whom it shares KV, and a grammar of its own."""
+    """One choice: a prompt and how it is continued, with whom it shares KV, and a grammar of its own.
+
+    Control tokens are in its text where they are `shown`.
+    """
 
     prompt: Sequence[int]
     sampling: SamplingParams
     cache_salt: str | None = None
     grammar: Grammar | None = None
+    shown: bool = False
 
 
 @dataclass(slots=True)
@@ -105,7 +109,7 @@ class _Choice:
         self.done = False
         self.tokens = 0
         self.cached_tokens = 0
-        self._detokenizer = Detokenizer(tokenizer.decode, job.prompt)
+        self._detokenizer = Detokenizer(tokenizer.text if job.shown else tokenizer.decode, job.prompt)
         self._stops = StopStrings(stops)
         self._min_tokens = job.sampling.min_tokens
         self._logprobs = job.sampling.logprobs is not None

@@ -7,8 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mball.errors import InvalidRequest
-from mball.server.worker.messages import ChatMessage, encodable, read_messages
+from mball.server.worker.messages import ChatMessage, read_messages
 from mball.server.worker.structured import read_response_format
+from mball.server.worker.tools import Tool, ToolChoice, read_tool_choice, read_tools
+from mball.server.worker.values import encodable
 
 MAX_CHOICES = 128
 """Choices of one request, over all its prompts."""
@@ -26,7 +28,6 @@ _IGNORED = {
     "prompt_cache_key",
     "prompt_cache_retention",
     "prediction",
-    "parallel_tool_calls",
     "priority",
 }
 """Accepted and without effect: they say nothing about the answer."""
@@ -48,8 +49,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -143,6 +142,9 @@ class ChatRequest(SamplingRequest):
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0)
     response_format: Annotated[str | None, BeforeValidator(read_response_format)] = None
+    tools: Annotated[list[Tool], BeforeValidator(read_tools)] = []
+    tool_choice: Annotated[ToolChoice, BeforeValidator(read_tool_choice)] = ToolChoice("auto")
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -150,11 +152,28 @@ class ChatRequest(SamplingRequest):
             raise InvalidRequest("`top_logprobs` needs `logprobs`: true", param="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise InvalidRequest("`max_tokens` and `max_completion_tokens` differ; give one", param="max_tokens")
-        if self.response_format is not None:
+        names = {tool.name for tool in self.tools}
+        if self.tool_choice.mode == "required" and not (
+            names & {self.tool_choice.name} if self.tool_choice.name else names
+        ):
+            raise InvalidRequest("`tool_choice` asks for a tool that is not in `tools`", param="tool_choice")
+        if self.response_format is not None or self.forced:
             for name in ("ignore_eos", "min_tokens"):
                 if getattr(self, name):
                     raise InvalidRequest(f"`{name}`: JSON of a schema ends where it ends", param=name)
         return self
+
+    @property
+    def usable(self) -> list[Tool]:
+        """The tools that may be called."""
+        if self.tool_choice.mode == "none":
+            return []
+        return [tool for tool in self.tools if self.tool_choice.name in (None, tool.name)]
+
+    @property
+    def forced(self) -> bool:
+        """A tool must be called."""
+        return self.tool_choice.mode == "required"
 
     @property
     def wanted_tokens(self) -> int | None:

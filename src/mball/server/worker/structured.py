@@ -11,6 +11,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from mball.errors import InvalidRequest
 from mball.server.engine.grammar import Grammar
 from mball.server.worker.tokenizer import Tokenizer
+from mball.server.worker.values import wrong
 
 MAX_SCHEMA_BYTES = 64 * 1024
 """Such a schema, of 2,000 properties, takes 0.5 s and 2 MB (measured on one core of a server)."""
@@ -25,7 +26,7 @@ _LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 # What a schema says itself in `x-guidance` gives way to these. Blanks have an end: a weak model else writes on and on.
-_JSON: Any = {
+GUIDANCE: Any = {
     "item_separator": ",",
     "key_separator": ":",
     "whitespace_flexible": True,
@@ -49,10 +50,16 @@ class Grammars:
     def of_schema(self, schema: str, param: str) -> Grammar:
         """The texts that are JSON of the schema. Raises InvalidRequest, which names `param`. Blocks."""
         try:
-            source = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON)
+            source = LLMatcher.grammar_from_json_schema(schema, overrides=GUIDANCE)
         except ValueError as error:
             raise _refused(str(error), param) from None
         return self._compiled(source, param)
+
+    def of_source(self, source: str, param: str) -> Grammar:
+        """The texts of a grammar in llguidance's own notation. Raises InvalidRequest, which names `param`. Blocks."""
+        if len(source) > 2 * MAX_SCHEMA_BYTES:
+            raise wrong(param, f"has {len(source)} bytes with its schemas, over {2 * MAX_SCHEMA_BYTES}")
+        return self._compiled(LLMatcher.grammar_from_lark(source), param)
 
     def _compiled(self, source: str, param: str) -> Grammar:
         matcher = LLMatcher(self._of_tokenizer(), source, log_level=0, limits=_LIMITS)
@@ -85,9 +92,9 @@ def read_response_format(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else None
     known: dict[Any, set[str]] = {"text": set(), "json_object": set(), "json_schema": {"json_schema"}}
     if not isinstance(kind, str) or kind not in known:
-        raise _wrong("response_format.type", "must be text, json_object or json_schema")
+        raise wrong("response_format.type", "must be text, json_object or json_schema")
     if unknown := value.keys() - known[kind] - {"type"}:
-        raise _wrong(f"response_format.{min(unknown)}", "is not known")
+        raise wrong(f"response_format.{min(unknown)}", "is not known")
     if kind == "text":
         return None
     return '{"type":"object"}' if kind == "json_object" else _named_schema(value.get("json_schema"))
@@ -96,9 +103,9 @@ def read_response_format(value: Any) -> str | None:
 def _named_schema(value: Any) -> str:
     where = "response_format.json_schema"
     if not isinstance(value, dict):
-        raise _wrong(where, "must be an object with a `name` and a `schema`")
+        raise wrong(where, "must be an object with a `name` and a `schema`")
     if unknown := value.keys() - {"name", "description", "schema", "strict"}:
-        raise _wrong(f"{where}.{min(unknown)}", "is not known")
+        raise wrong(f"{where}.{min(unknown)}", "is not known")
     check_name(value.get("name"), f"{where}.name")
     return schema_text(value.get("schema"), f"{where}.schema")
 
@@ -106,25 +113,21 @@ def _named_schema(value: Any) -> str:
 def check_name(name: Any, param: str) -> str:
     """As OpenAI names schemas and functions. Raises InvalidRequest."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise _wrong(param, "must be 1 to 64 letters, digits, underscores or dashes")
+        raise wrong(param, "must be 1 to 64 letters, digits, underscores or dashes")
     return name
 
 
 def schema_text(schema: Any, param: str) -> str:
     """Raises InvalidRequest for what is no object, or too large; not for what is no schema."""
     if not isinstance(schema, dict):
-        raise _wrong(param, "must be a JSON schema, an object")
+        raise wrong(param, "must be a JSON schema, an object")
     try:
         text = json.dumps(schema)
     except RecursionError:
-        raise _wrong(param, "is nested too deep") from None
+        raise wrong(param, "is nested too deep") from None
     if len(text) > MAX_SCHEMA_BYTES:
-        raise _wrong(param, f"has {len(text)} bytes, over {MAX_SCHEMA_BYTES}")
+        raise wrong(param, f"has {len(text)} bytes, over {MAX_SCHEMA_BYTES}")
     return text
-
-
-def _wrong(param: str, what: str) -> InvalidRequest:
-    return InvalidRequest(f"`{param}` {what}", param=param)
 
 
 def _refused(why: str, param: str) -> InvalidRequest:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import jinja2
 from tokenizers import Tokenizer as Backend
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mball.errors import InvalidRequest, UnsupportedCheckpoint
 
 Ids = list[int]
-Message = dict[str, str]
+Message = dict[str, Any]
 
 _NEVER = r"(?!)"
 _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -44,6 +45,7 @@ class Tokenizer:
         self._loaded = loaded
         self._backend = backend
         self.has_chat_template = loaded.chat_template is not None
+        self.chat_template = _template_source(loaded)
         control = _control_tokens(loaded)
         unknown = getattr(backend.model, "unk_token", None)
         self._never_typed = frozenset(id for id, token in control.items() if token != unknown)
@@ -60,6 +62,12 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size()
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written so, if there is one."""
+        found = self._backend.token_to_id(text)
+        token = None if found is None else self._backend.get_added_tokens_decoder().get(found)
+        return found if token is not None and token.special else None
 
     def serialized(self) -> str:
         """As tokenizer.json has it."""
@@ -78,19 +86,24 @@ class Tokenizer:
         ids = self._encode_marked(marks.mark(text), marks)
         return [*self._prefix, *ids, *self._suffix] if special else ids
 
-    def encode_chat(self, messages: Sequence[Message], limit: int) -> Ids:
-        """The ids of a conversation in the model's chat template, open for the assistant's turn.
+    def encode_chat(self, messages: Sequence[Message], limit: int, tools: Sequence[Message] = ()) -> Ids:
+        """The ids of a conversation in the model's chat template, with the tools that it is told of, open for the
+        assistant's turn.
 
         Raises InvalidRequest where the model has no template, its template refuses the conversation, or there are
         more than `limit` tokens for certain.
         """
         if not self.has_chat_template:
             raise InvalidRequest("the model has no chat template; use /v1/completions", param="messages")
-        typed = any(self._control.search(text) for message in messages for text in message.values())
-        marks = _Marks(self._control) if typed else None
-        conversation = [{k: marks.mark(v) for k, v in m.items()} for m in messages] if marks else list(messages)
+        given: list[list[Any]] = [list(messages), list(tools)]
+        marks = _Marks(self._control) if any(map(self._control.search, _texts(given))) else None
+        conversation, told = [marks.marked(value) for value in given] if marks else given
         try:
-            text = str(self._loaded.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+            text = str(
+                self._loaded.apply_chat_template(
+                    conversation, tools=told or None, tokenize=False, add_generation_prompt=True
+                )
+            )
         except _TEMPLATE_ERRORS as error:
             raise InvalidRequest(f"the model's chat template refuses: {error}", param="messages") from None
         self._check_length(text, limit)
@@ -172,14 +185,39 @@ class _Marks:
     def mark(self, text: str) -> str:
         return self._control.sub(f"{self._open}\\g<0>{self._close}", text)
 
+    def marked(self, value: Any) -> Any:
+        """With every text in it marked."""
+        if isinstance(value, str):
+            return self.mark(value)
+        if isinstance(value, dict):
+            return {self.mark(key): self.marked(entry) for key, entry in value.items()}
+        return [self.marked(entry) for entry in value] if isinstance(value, list) else value
+
     def split(self, text: str) -> list[str | None]:
         """[text, typed control token or None, text, …]."""
         return self._split.split(text)
 
 
-def _control_tokens(loaded: PreTrainedTokenizerBase) -> dict[int, str]:
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in JSON, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            yield key
+            yield from _texts(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _texts(entry)
+
+
+def _template_source(loaded: PreTrainedTokenizerBase) -> str:
     templates = loaded.chat_template
-    source = "\0".join(templates.values()) if isinstance(templates, dict) else templates or ""
+    return "\0".join(templates.values()) if isinstance(templates, dict) else templates or ""
+
+
+def _control_tokens(loaded: PreTrainedTokenizerBase) -> dict[int, str]:
+    source = _template_source(loaded)
     return {
         id: token.content
         for id, token in loaded.added_tokens_decoder.items()

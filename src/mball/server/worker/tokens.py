@@ -8,9 +8,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from starlette.responses import JSONResponse, Response
 
 from mball.errors import InvalidRequest
-from mball.server.worker.messages import ChatMessage, encodable, read_messages
+from mball.server.worker.messages import ChatMessage, read_messages
 from mball.server.worker.protocol import Request, TokenIds
 from mball.server.worker.service import Service
+from mball.server.worker.values import encodable
 
 MOST_TOKENS = 1 << 20
 
