@@ -33,10 +33,12 @@ MballError
 ├── EngineUnsupported               an engine that isn't there, or of a version that MBALL doesn't know
 ├── RequestError                    a request can't be served; carries an HTTP status and an OpenAI code
 │   ├── InvalidRequest (400)  ├── UnknownModel (404)  ├── PayloadTooLarge (413)
-│   ├── Unauthorized (401)  ├── Forbidden (403)  ├── DeadlineExceeded (504)
+│   ├── Unauthorized (401)  ├── Forbidden (403)  ├── DeadlineExceeded (504)  ├── NotFound (404)
+│   ├── StorageLimit (400)
 │   └── Unavailable (503, with retry_after_s)
 │       ├── ModelDoesNotFit  ├── ModelFailed  ├── QueueFull  ├── QueueTimeout  ├── Draining
-│       └── RateLimited (429)
+│       ├── RateLimited (429)
+│       └── StorageFailed
 ├── SourceUnavailable               a package that ships a model's files can't be had
 ├── ModelMakingFailed               a model's files could not be made from their source
 └── Cancelled                       the caller gave up; nothing was kept
@@ -323,6 +325,19 @@ class DeadlineExceeded(RequestError):
     code = "deadline_exceeded"
 
 
+class NotFound(InvalidRequest):
+    """No file or batch of that id belongs to the API key."""
+
+    status = 404
+    code = "not_found"
+
+
+class StorageLimit(InvalidRequest):
+    """The API key has as many files or batches, or bytes of them, as it may."""
+
+    code = "storage_limit_exceeded"
+
+
 class Unavailable(RequestError):
     """The request is right but cannot be served now. `retry_after_s` is None where trying again will not help."""
 
@@ -370,3 +385,9 @@ class RateLimited(Unavailable):
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
+
+
+class StorageFailed(Unavailable):
+    """The disk for files and batches is full, failed, or another server's."""
+
+    code = "storage_failed"

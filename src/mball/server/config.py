@@ -210,6 +210,20 @@ class SwapConfig(BaseModel):
     )
 
 
+class FilesConfig(BaseModel):
+    """What `/v1/files` and `/v1/batches` keep on a disk. The bounds are those of one API key."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
+
+    path: Path | None = Field(default=None, description="A folder for one server alone; `files` in state_dir.")
+    max_file_bytes: ConfigSize = Field(default=200 * MiB, description="The largest file that is taken.")
+    max_bytes: ConfigSize = Field(default=4 * GiB, description="Of files in all, those of answers too.")
+    max_files: int = Field(default=1000, ge=1, description="Files in all.")
+    max_batches: int = Field(default=100, ge=1, description="Batches in all; the oldest that ended gives way.")
+    max_requests: int = Field(default=50_000, ge=1, description="Requests in a batch.")
+    concurrency: int = Field(default=8, ge=1, description="Requests of batches at once, of all keys together.")
+
+
 class Config(BaseSettings):
     """What `mball serve` runs with."""
 
@@ -253,6 +267,7 @@ class Config(BaseSettings):
         description="Where `/mball/…`, `/metrics` and all else answers; the server's own address lacks those two then.",
     )
     tls: TlsConfig | None = Field(default=None, description="HTTPS in place of HTTP.")
+    files: FilesConfig = FilesConfig()
     max_body_bytes: ConfigSize = Field(default=16 * MiB, description="The largest request body.")
     max_queue: int = Field(default=1024, ge=1, description="Requests that may wait for their models, in all.")
     queue_timeout_s: Seconds = Field(default=600.0, description="How long a request may wait for its model.")
@@ -327,7 +342,8 @@ class Config(BaseSettings):
 def load_config(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Config:
     """The configuration from a YAML file, the environment and flags (None means not given).
 
-    Relative paths of models, the swap store and TLS in the file are taken from the file's folder. Raises ConfigError.
+    Relative paths of models, the swap store, files and TLS in the file are taken from the file's folder. Raises
+    ConfigError.
     """
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     source: type[Config] = type("Config", (Config,), {"file_values": _read_yaml(file) if file else {}, "__doc__": ""})
@@ -349,7 +365,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if isinstance(models := values.get("models"), list):
         named = [{"path": model} if isinstance(model, str) else model for model in models]
         values["models"] = [_beside(file.parent, model, "path") for model in named]
-    for name, fields in (("swap", ("path",)), ("tls", ("certfile", "keyfile"))):
+    for name, fields in (("swap", ("path",)), ("files", ("path",)), ("tls", ("certfile", "keyfile"))):
         if name in values:
             values[name] = _beside(file.parent, values[name], *fields)
     return values

@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import Any, NoReturn, TypeVar
 
 import structlog
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -113,6 +114,13 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     what = HTTPStatus(status).phrase.lower()
     body = error_body(InvalidRequest(f"{request.method} {request.url.path}: {what}"))
     return JSONResponse(body, status_code=status, headers=headers)
+
+
+async def on_invalid(_: Request, error: Exception) -> JSONResponse:
+    """A path's or query's parameter that is not what its route says."""
+    found = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": ("",), "msg": str(error)}
+    name = str(found["loc"][-1])
+    return error_response(InvalidRequest(f"`{name}`: {found['msg']}", param=name))
 
 
 async def on_unexpected(request: Request, error: Exception) -> JSONResponse:

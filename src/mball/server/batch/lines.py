@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,20 @@ def parse(line: bytes) -> Request:
     return Request(custom_id, url, body["model"], body)
 
 
-def index(path: Path, finished: set[str]) -> Index:
-    """Reads the input once, keeping no bodies. Raises ConfigError where it cannot be read."""
-    found, seen, offset = Index(), set[str](), 0
+@dataclass(frozen=True, slots=True)
+class Line:
+    """What stands in a line of the input: a request, or why it is none."""
+
+    number: int
+    offset: int
+    length: int
+    request: Request | BadLine
+    custom_id: str | None = None
+
+
+def scan(path: Path) -> Iterator[Line]:
+    """The lines that are not empty. Raises ConfigError where the file cannot be read."""
+    seen, offset = set[str](), 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -86,20 +98,31 @@ def index(path: Path, finished: set[str]) -> Index:
                 try:
                     request = parse(line)
                 except BadLine as error:
-                    found.bad.append((number, None, str(error)))
+                    yield Line(number, start, len(line), error)
                     continue
                 if request.custom_id in seen:
-                    found.bad.append((number, request.custom_id, "an earlier line has the same custom_id"))
+                    double = BadLine("an earlier line has the same custom_id")
+                    yield Line(number, start, len(line), double, request.custom_id)
                     continue
                 seen.add(request.custom_id)
-                # The order of models is the whole input's: one that an earlier run was at comes first again.
-                places = found.by_model.setdefault(request.model, [])
-                if request.custom_id in finished:
-                    found.skipped += 1
-                    continue
-                places.append(Place(request.custom_id, start, len(line)))
+                yield Line(number, start, len(line), request, request.custom_id)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
+
+
+def index(path: Path, finished: set[str]) -> Index:
+    """Reads the input once, keeping no bodies. Raises ConfigError where it cannot be read."""
+    found = Index()
+    for line in scan(path):
+        if isinstance(line.request, BadLine):
+            found.bad.append((line.number, line.custom_id, str(line.request)))
+            continue
+        # The order of models is the whole input's: one that an earlier run was at comes first again.
+        places = found.by_model.setdefault(line.request.model, [])
+        if line.request.custom_id in finished:
+            found.skipped += 1
+        else:
+            places.append(Place(line.request.custom_id, line.offset, line.length))
     return found
 
 

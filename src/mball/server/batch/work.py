@@ -14,6 +14,7 @@ from mball.server.batch import lines
 from mball.server.batch.answers import Answers, NotWritten
 from mball.server.batch.lines import BadLine, Index, Place, Request
 from mball.server.client import ServerUnreachable
+from mball.server.threads import whole
 
 _BUSY = frozenset({429, 502, 503, 504})
 _MAX_BACKOFF_S = 30.0
@@ -135,7 +136,7 @@ class Work:
             together, self._unwritten[fine] = self._unwritten[fine], []
             try:
                 if together:
-                    await _whole(asyncio.to_thread(self._files[fine].append, together))
+                    await whole(self._files[fine].append, together)
             except NotWritten:
                 # Whoever has the lock next has lines among them.
                 self._unwritten[fine] = together + self._unwritten[fine]
@@ -145,17 +146,6 @@ class Work:
         self._tally.tokens += _tokens(body)
         self._tally.seconds = time.monotonic() - self._started
         self._progress(self._tally)
-
-
-async def _whole(writing: Awaitable[None]) -> None:
-    """Also for one who is cancelled meanwhile: a thread that writes needs its file."""
-    task = asyncio.ensure_future(writing)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        task.cancelled() or task.exception()
-        raise
 
 
 def _raise_first(group: BaseExceptionGroup[MballError]) -> NoReturn:

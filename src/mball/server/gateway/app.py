@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -17,14 +18,17 @@ from mball import __version__
 from mball.errors import MballError, UnknownModel
 from mball.memory.manager import Manager
 from mball.server import http
+from mball.server.catalog import state_dir
 from mball.server.config import Config
-from mball.server.gateway import admin, logs, ui
+from mball.server.gateway import admin, batches, files, logs, ui
 from mball.server.gateway.access import Access, Key
+from mball.server.gateway.batches_ask import Forwarding, Gateway
+from mball.server.gateway.files_open import Storage
 from mball.server.gateway.live import Live
 from mball.server.gateway.metrics import CONTENT_TYPE, Metrics
 from mball.server.gateway.proxy import Forward
 from mball.server.gateway.request_ids import RequestIds
-from mball.server.gateway.requests import read_call
+from mball.server.gateway.requests import Call, read_call
 from mball.server.gateway.shortcut import Endpoint, Shortcut
 from mball.server.gateway.upstream import Workers
 
@@ -38,14 +42,18 @@ def create_app(manager: Manager, config: Config, live: Live | None = None, *, ad
     live = Live(config) if live is None else live
     workers = Workers()
     metrics = Metrics(manager)
+    pass_on = _forwarding(manager, workers, live, metrics)
+    storage = _storage(manager, live, pass_on)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         following = asyncio.create_task(metrics.follow(), name="metrics")
         try:
             await manager.start()
+            await storage.open()
             yield
         finally:
+            await storage.close()
             await manager.close(config.drain_timeout_s)
             workers.close()
             following.cancel()
@@ -54,9 +62,12 @@ def create_app(manager: Manager, config: Config, live: Live | None = None, *, ad
     app = FastAPI(title="MBALL", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_exception_handler(MballError, http.on_mball_error)
     app.add_exception_handler(HTTPException, http.on_http_error)
+    app.add_exception_handler(RequestValidationError, http.on_invalid)
     app.add_exception_handler(Exception, http.on_unexpected)
-    forward = _forward(manager, workers, live, metrics)
+    forward = _endpoint(live, pass_on)
     app.include_router(_openai(manager, forward))
+    app.include_router(files.router(storage))
+    app.include_router(batches.router(storage))
     app.include_router(_probes(manager))
     app.include_router(_metrics(metrics))
     app.include_router(logs.router(manager))
@@ -68,28 +79,32 @@ def create_app(manager: Manager, config: Config, live: Live | None = None, *, ad
     return app
 
 
-def _forward(manager: Manager, workers: Workers, live: Live, metrics: Metrics) -> Endpoint:
-    async def forward(request: Request) -> Response:
-        config = live.config
-        call = await read_call(request, config.max_body_bytes)
-        key: Key = request.state.key
+def _forwarding(manager: Manager, workers: Workers, live: Live, metrics: Metrics) -> Forwarding:
+    def forward(call: Call, key: Key, path: str, request_id: str) -> Forward:
         key.check_model(call.model)
         measured = metrics.request(call.model)
         if (served_by := manager.adapters().get(call.model)) is not None:
             # An adapter is served by its model, which finds its name in the body.
             call = replace(call, model=served_by)
-        return Forward(
-            call,
-            key,
-            request.scope["path"],
-            request.state.request_id,
-            manager,
-            workers,
-            measured,
-            config,
-        )
+        return Forward(call, key, path, request_id, manager, workers, measured, live.config)
 
     return forward
+
+
+def _endpoint(live: Live, forward: Forwarding) -> Endpoint:
+    async def endpoint(request: Request) -> Response:
+        call = await read_call(request, live.config.max_body_bytes)
+        return forward(call, request.state.key, request.scope["path"], request.state.request_id)
+
+    return endpoint
+
+
+def _storage(manager: Manager, live: Live, forward: Forwarding) -> Storage:
+    config = live.config
+    limits, base = config.files, config.state_dir or state_dir()
+    gateway = Gateway(forward, manager.serves, live, concurrency=limits.concurrency)
+    root = limits.path.expanduser() if limits.path is not None else base and base / "files"
+    return Storage(root, limits, gateway, upload_timeout_s=config.request_timeout_s)
 
 
 def _openai(manager: Manager, forward: Endpoint) -> APIRouter:
