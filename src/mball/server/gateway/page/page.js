@@ -10,6 +10,8 @@ const make = (tag, className, text) => {
   return made;
 };
 const RUNGS = [["device", "On the device"], ["dram", "In DRAM"], ["nvme", "On NVMe"], ["stopped", "Stopped"]];
+const SAID = { device: "serves", dram: "its weights wait in DRAM", nvme: "its weights wait on NVMe",
+  source: "its process waits, its weights are in its files" };
 const MOST_LINES = 300, EVERY_MS = 2000, AGAIN_MS = 2000, COLOURS = 7;
 const cards = new Map(), colours = new Map();
 let operator = true, messages = [], answering = null, fetching = false;
@@ -47,13 +49,15 @@ function colour(name) {
 
 function rungOf(model) {
   if (model.shown_as === "device" || model.shown_as === "dram" || model.shown_as === "nvme") return model.shown_as;
-  if (model.shown_as === "starting" || model.shown_as === "stopping") return model.weights in { device: 1, dram: 1, nvme: 1 } ? model.weights : "stopped";
+  if (model.shown_as === "starting" || model.shown_as === "stopping") {
+    return RUNGS.some(([rung]) => rung === model.weights) ? model.weights : "stopped";
+  }
   return "stopped";
 }
 
 function facts(model) {
   const found = [`${model.in_flight} running, ${model.queued} waiting`];
-  if (model.rate > 0) found.push(`${(model.rate * 60).toFixed(1)} requests a minute`);
+  if (model.rate * 60 >= 0.1) found.push(`${(model.rate * 60).toFixed(1)} requests a minute`);
   if (model.device_bytes) found.push(`${size(model.device_bytes)} on the device`);
   if (model.image_bytes) found.push(`image of ${size(model.image_bytes)}`);
   if (model.last_swap_s) found.push(`last swap ${model.last_swap_s.toFixed(2)} s`);
@@ -103,7 +107,7 @@ function showLadder(models) {
     const parts = cards.get(model.name), rung = at(`rung-${rungOf(model)}`);
     if (parts.made.parentElement !== rung) rung.append(parts.made);
     const pinned = model.pinned ? ", pinned" : "";
-    parts.state.textContent = `${model.shown_as}${pinned}`;
+    parts.state.textContent = `${SAID[model.shown_as] || model.shown_as}${pinned}`;
     parts.facts.textContent = facts(model);
     parts.error.textContent = model.error || "";
     parts.error.hidden = !model.error;
