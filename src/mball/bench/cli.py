@@ -221,6 +221,33 @@ def kv(
 
 
 @app.command()
+def gateway(
+    litellm: Annotated[
+        bool, typer.Option(help="Measure the LiteLLM proxy beside it, which pip installs into a venv of its own.")
+    ] = True,
+    venv: Annotated[Path, typer.Option(help="The folder of that venv, made where it is not.")] = Path(
+        "~/.cache/mball/bench-litellm"
+    ),
+    seconds: Annotated[float, typer.Option(help="Of each rate and window.")] = 4.0,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of the added latency.")] = 5,
+    rate: Annotated[float, typer.Option(help="Requests a second in a window.")] = 200.0,
+    streams: Annotated[int, typer.Option(min=0, help="Open at once, for their memory.")] = 1000,
+    growth: Annotated[int, typer.Option(min=0, help="Requests over which memory may grow.")] = 20_000,
+    rounds: Annotated[int, typer.Option(min=1, help="Fresh processes per contender.")] = 3,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds a turn may take.")] = 900.0,
+    json: Annotated[Path | None, typer.Option(help="Write every round here, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot here: PLOT.svg and PLOT.png.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table, machine and versions here.")] = None,
+) -> None:
+    """What the gateway costs a request, beside the LiteLLM proxy and a worker called directly."""
+    from mball.bench.gateway import Settings, run_gateway
+
+    peer = venv.expanduser() if litellm else None
+    settings = Settings(peer, seconds, windows, rate, streams, growth, rounds, timeout)
+    run_gateway(settings, json_path=json, plot_path=plot, markdown_path=markdown, console=Console())
+
+
+@app.command()
 def chaos(
     models: Annotated[
         list[Path] | None, typer.Argument(help="Models' folders, in float32. Default: three small random ones.")

@@ -116,6 +116,17 @@ def rotated(items: Sequence[T], turn: int) -> list[T]:
     return [*items[start:], *items[:start]]
 
 
+def merge(outcomes: list[Outcome], turn: Sequence[Outcome]) -> None:
+    """Adds the rounds of a turn to what is known."""
+    for one in turn:
+        known = next((outcome for outcome in outcomes if outcome.name == one.name), None)
+        if known is None:
+            outcomes.append(one)
+        else:
+            known.rounds += one.rounds
+            known.not_run = known.not_run or one.not_run
+
+
 def difference(digests: Mapping[str, str], reference: Mapping[str, str]) -> str | None:
     """Why a result isn't the reference's; None where everything both name is equal, and they name something."""
     common = digests.keys() & reference.keys()

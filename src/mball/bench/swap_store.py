@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mball.bench import machine
 from mball.bench.report import Column, Kept, Report, Spread
-from mball.bench.runner import TIMEOUT_S, Contender, Outcome, run
+from mball.bench.runner import TIMEOUT_S, Contender, Outcome, merge, run
 from mball.bench.swap_contenders import BLOCKS, IMAGE, Spec, is_raw, names, pattern
 from mball.errors import ConfigError
 from mball.swap import opening
@@ -76,7 +76,7 @@ def run_store(
             turned = [*contenders[number % len(contenders) :], *contenders[: number % len(contenders)]]
             for contender in turned:
                 status.update(f"round {number + 1} of {settings.rounds}: {contender.name}")
-                _merge(outcomes, run([contender], reference={}, rounds=1, timeout_s=settings.timeout_s))
+                merge(outcomes, run([contender], reference={}, rounds=1, timeout_s=settings.timeout_s))
             outcomes.sort(key=lambda outcome: names(settings.depths).index(outcome.name))
             kept.round(outcomes)
     series = [(way, lambda o, way=way: rates(o, way)) for way in WANTED]
@@ -133,16 +133,6 @@ def _report(settings: Settings) -> Report:
             "all files had been written to before. The store checks and hashes every byte both ways."
         ],
     )
-
-
-def _merge(outcomes: list[Outcome], turn: Sequence[Outcome]) -> None:
-    for one in turn:
-        known = next((outcome for outcome in outcomes if outcome.name == one.name), None)
-        if known is None:
-            outcomes.append(one)
-        else:
-            known.rounds += one.rounds
-            known.not_run = known.not_run or one.not_run
 
 
 @contextmanager
