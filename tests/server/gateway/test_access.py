@@ -109,6 +109,19 @@ async def test_an_operator_s_routes_are_at_their_own_address_alone(gateway: Star
             assert response.status == 200
 
 
+async def test_a_key_goes_on_over_a_reload_with_what_it_has_under_way(gateway: Start) -> None:
+    running = await gateway(model("a"), api_keys=[entry(USER, "user", limits={"max_in_flight": 1}), *KEYS[1:]])
+    [key, _] = running.live.keys
+    changed = [entry(USER, "renamed", limits={"max_in_flight": 2})]
+    with key.request():
+        running.live.apply(load_config(None, {"api_keys": changed}))
+        assert [known.name for known in running.live.keys] == ["renamed"]
+        async with running.http.get(f"{running.url}/v1/models", headers=bearer(ADMIN)) as response:
+            assert response.status == 401
+        with running.live.keys[0].request(), pytest.raises(RateLimited), running.live.keys[0].request():
+            pass
+
+
 def test_the_two_addresses_differ() -> None:
     with pytest.raises(ConfigError, match="give `admin` another"):
         load_config(None, {"port": 8000, "admin": {"port": 8000}})
