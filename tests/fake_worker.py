@@ -113,7 +113,7 @@ class FakeWorker:
         self.image: int | None = None
         self.image_ready = False
         self.in_flight = 0
-        self.asked: str | None = None
+        self.asked: dict[str, str] = {}
         self.ballooned = 0
         self.threads = spec.threads
         self.unwanted = asyncio.Event()
@@ -335,7 +335,7 @@ class FakeWorker:
         if not self.resident:
             return web.json_response({"error": {"message": "the weights are not on the device"}}, status=503)
         body = await request.json()
-        self.asked = request.headers.get("x-request-id")
+        self.asked = {name.lower(): value for name, value in request.headers.items()}
         self.in_flight += 1
         try:
             await self.fault("request")

@@ -278,6 +278,10 @@ class Config(BaseSettings):
         "from the first one on errors are events. null: never.",
     )
     log_requests: bool = Field(default=True, description="A line of the log for each request that reached its model.")
+    traces: bool = Field(
+        default=False,
+        description="A span for each request by OTLP (extra otel); OTEL_EXPORTER_OTLP_ENDPOINT and its like say where.",
+    )
     start_timeout_s: Seconds = Field(default=300.0, description="How long a worker may take to start.")
     zygote: bool = Field(
         default=True, description="Fork workers from a process that has done their imports: seconds less a start."

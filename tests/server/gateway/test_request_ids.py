@@ -96,4 +96,4 @@ async def test_a_worker_is_told_the_name(gateway: Start) -> None:
     await ask(running, b"one")
     status = await running.manager.engine_status("a")
     assert status is not None
-    assert status["asked"] == "one"
+    assert status["asked"]["x-request-id"] == "one"

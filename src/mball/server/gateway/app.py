@@ -30,6 +30,7 @@ from mball.server.gateway.proxy import Forward
 from mball.server.gateway.request_ids import RequestIds
 from mball.server.gateway.requests import Call, read_call
 from mball.server.gateway.shortcut import Endpoint, Shortcut
+from mball.server.gateway.tracing import Tracing
 from mball.server.gateway.upstream import Workers
 
 FORWARDED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize")
@@ -42,7 +43,8 @@ def create_app(manager: Manager, config: Config, live: Live | None = None, *, ad
     live = Live(config) if live is None else live
     workers = Workers()
     metrics = Metrics(manager)
-    pass_on = _forwarding(manager, workers, live, metrics)
+    tracing = Tracing() if config.traces else None
+    pass_on = _forwarding(manager, workers, live, metrics, tracing)
     storage = _storage(manager, live, pass_on)
 
     @asynccontextmanager
@@ -58,6 +60,8 @@ def create_app(manager: Manager, config: Config, live: Live | None = None, *, ad
             workers.close()
             following.cancel()
             await asyncio.wait({following})
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     app = FastAPI(title="MBALL", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_exception_handler(MballError, http.on_mball_error)
@@ -79,14 +83,16 @@ def create_app(manager: Manager, config: Config, live: Live | None = None, *, ad
     return app
 
 
-def _forwarding(manager: Manager, workers: Workers, live: Live, metrics: Metrics) -> Forwarding:
+def _forwarding(
+    manager: Manager, workers: Workers, live: Live, metrics: Metrics, tracing: Tracing | None
+) -> Forwarding:
     def forward(call: Call, key: Key, path: str, request_id: str) -> Forward:
         key.check_model(call.model)
         measured = metrics.request(call.model)
         if (served_by := manager.adapters().get(call.model)) is not None:
             # An adapter is served by its model, which finds its name in the body.
             call = replace(call, model=served_by)
-        return Forward(call, key, path, request_id, manager, workers, measured, live.config)
+        return Forward(call, key, path, request_id, manager, workers, measured, live.config, tracing)
 
     return forward
 

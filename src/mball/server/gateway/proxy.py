@@ -6,9 +6,10 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -20,13 +21,19 @@ from mball.server.gateway import request_ids
 from mball.server.gateway.access import Key
 from mball.server.gateway.metrics import CLIENT_LEFT, TAIL_BYTES, Request
 from mball.server.gateway.requests import Call
-from mball.server.gateway.upstream import CONNECT_TIMEOUT_S, Answer, Headers, Unreachable, Workers
+from mball.server.gateway.tracing import Tracing
+from mball.server.gateway.upstream import CONNECT_TIMEOUT_S, Answer, Unreachable, Workers
 from mball.server.http import ClientLeft, error_body, unless_disconnected
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+Head = list[tuple[bytes, bytes]]
 
 _log = structlog.get_logger(__name__)
 _FORWARDED_HEADERS = frozenset({b"content-type", b"content-length", b"cache-control", b"retry-after"})
 _DONE = b"data: [DONE]\n\n"
-_EVENTS: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+_EVENTS: Head = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 _PROGRESS_S = 0.5
 _PIECE = b"data: "
 _BYTES_OF_A_TOKEN = 4
@@ -51,6 +58,7 @@ class Forward(Response):
         workers: Workers,
         measured: Request,
         config: Config,
+        tracing: Tracing | None = None,
     ) -> None:
         """`config`: as it is when the request comes. Raises Forbidden for a priority that the key may not have."""
         super().__init__()
@@ -62,11 +70,15 @@ class Forward(Response):
         self._workers = workers
         self._measured = measured
         self._config = config
+        self._tracing = tracing
+        self._span: Span | None = None
         self._priority = key.priority(call.priority)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = _Answer(send, self._call.stream, self._measured)
         code = 500
+        if self._tracing is not None:
+            self._span = self._tracing.begin(Headers(scope=scope), self._path, self._request_id)
         try:
             with self._key.request():
                 await unless_disconnected(self._serve_alive(answer), receive)
@@ -78,17 +90,18 @@ class Forward(Response):
             raise
         finally:
             tokens = self._measured.end(code, answer.tail)
-            if self._config.log_requests:
-                self._log(code, tokens)
+            self._tell(code, tokens)
             if answer.asked:
                 # One that was cut off, or says nothing, is counted by what can be seen of it.
                 self._key.spend(len(self._call.body) // _BYTES_OF_A_TOKEN + answer.pieces if tokens is None else tokens)
 
-    def _log(self, code: int, tokens: int | None) -> None:
-        key, call = self._key.name or None, self._call
-        _log.info(
-            "request", path=self._path, key=key, code=code, stream=call.stream, tokens=tokens, **self._measured.told()
-        )
+    def _tell(self, code: int, tokens: int | None) -> None:
+        told = self._measured.told()
+        if self._config.log_requests:
+            key, stream = self._key.name or None, self._call.stream
+            _log.info("request", path=self._path, key=key, code=code, stream=stream, tokens=tokens, **told)
+        if self._tracing is not None and self._span is not None:
+            self._tracing.end(self._span, code, tokens, told)
 
     async def _serve_alive(self, answer: _Answer) -> None:
         every_s = _PROGRESS_S if self._call.progress else self._config.sse_keepalive_s
@@ -140,6 +153,8 @@ class Forward(Response):
             self._measured.admitted()
             answer.asked = True
             headers = [(tenants.HEADER, tenants.tenant(self._key.name)), (request_ids.HEADER, self._request_id)]
+            if self._tracing is not None and self._span is not None:
+                headers += self._tracing.parent(self._span)
             try:
                 async with self._workers.post(
                     self._call.model, ticket.socket_path, self._path, self._call.body, headers
@@ -181,7 +196,7 @@ class _Answer:
                 await self._start(200, _EVENTS)
                 await self._send({"type": "http.response.body", "body": news(), "more_body": True})
 
-    async def _start(self, status: int, headers: Headers) -> None:
+    async def _start(self, status: int, headers: Head) -> None:
         if not self._started:
             self._started = True
             await self._send({"type": "http.response.start", "status": status, "headers": headers})
