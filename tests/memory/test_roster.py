@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from mball.errors import ConfigError, QueueTimeout, UnknownModel
+from mball.errors import ConfigError, ModelDoesNotFit, QueueTimeout, UnknownModel
 from mball.memory.spec import ModelSpec
 from tests.fake_worker import Knobs
 from tests.memory.conftest import QUICK, Running, Serve, model, post
@@ -86,6 +86,14 @@ async def test_what_a_worker_need_not_know_changes_where_it_is(serve: Serve) -> 
     await running.manager.unpin("a")
     await change(running, dataclasses.replace(changed, priority=4), model("b"))
     assert not running.state("a")["pinned"]
+
+
+async def test_one_that_failed_is_served_once_it_is_configured_right(serve: Serve) -> None:
+    running = await serve(model("a", Knobs(weights_bytes=500 << 20)))
+    with pytest.raises(ModelDoesNotFit):
+        await running.ask("a")
+    await change(running, model("a"))
+    assert (await running.ask("a")).startswith("a")
 
 
 async def test_a_list_that_cannot_be_changes_nothing(serve: Serve) -> None:

@@ -71,3 +71,11 @@ async def test_who_does_not_listen_is_no_harm(
     monkeypatch.setenv("WATCHDOG_PID", "1")
     async with asyncio.timeout(30):
         await Notifier().stay_alive()
+
+
+def test_a_reload_begins_and_ends(systemd: socket.socket) -> None:
+    notifier = Notifier()
+    notifier.reloading(True)
+    notifier.reloading(False)
+    assert systemd.recv(100).startswith(b"RELOADING=1\nMONOTONIC_USEC=")
+    assert systemd.recv(100) == b"READY=1"

@@ -44,7 +44,8 @@ class Model:
     `failure` makes the error that its requests get while it has failed. `wanted` without a request: a preload.
     `moving`: it is part of a transition that was decided, and nothing else is to be decided about it; `arriving`:
     that transition brings it in. `unload` is done once it is off the device. `configured` is its spec as the
-    configuration has it; `farewell` is told when nothing of it is left, once it is configured no longer.
+    configuration has it; `farewell` is told when nothing of it is left, once it is configured no longer; its
+    end is not tried before `leaves_at_s`.
     """
 
     def __init__(self, spec: ModelSpec, settings: Settings, number: int, changed: Callable[[], None]) -> None:
@@ -85,6 +86,7 @@ class Model:
         self.arriving = False
         self.unload: asyncio.Future[None] | None = None
         self.farewell: Callable[[Model], None] | None = None
+        self.leaves_at_s = 0.0
 
     @property
     def name(self) -> str:

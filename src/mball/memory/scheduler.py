@@ -105,7 +105,7 @@ class Scheduler:
             elif model.settled and not model.on_device and model.not_before_s <= now:
                 self._give_up_if_hopeless(model)
         for model in self._models.values():
-            if model.retired and model.unused and model.settled and model.not_before_s <= now:
+            if model.retired and model.unused and model.settled and model.leaves_at_s <= now:
                 self._leave(model, partial(self._dismiss, model))
         decision = decide(self._look(now), self._settings)
         for name in decision.gone:
@@ -203,7 +203,7 @@ class Scheduler:
 
     async def _dismiss(self, model: Model) -> None:
         # One that could not be ended is tried again, not at once.
-        model.not_before_s = time.monotonic() + self._settings.backoff_s
+        model.leaves_at_s = time.monotonic() + self._settings.backoff_s
         await self._transitions.stop(model, _RETIRED)
         await self._images.drop(model, _RETIRED)
         self._went(model)

@@ -85,7 +85,7 @@ class Reloader:
         self._told(True)
         try:
             await self._reload()
-        except (MballError, OSError) as error:
+        except (MballError, OSError, ValueError, TypeError, RuntimeError) as error:
             _log.error("configuration refused: the one before stays in force", reason=str(error))
         finally:
             self._told(False)
