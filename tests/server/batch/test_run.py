@@ -300,3 +300,29 @@ async def test_the_command_says_what_it_did(serve: Serve, source: Path, target: 
     summary = json.loads(output)
     assert (summary["done"], summary["failed"], summary["bad"], summary["tokens"]) == (2, 0, 1, 10)
     assert len(get(target.with_name("out.jsonl.errors"))) == 1
+
+
+async def test_a_terminal_shows_how_far_it_is_and_how_fast(serve: Serve, source: Path, target: Path) -> None:
+    put(source, [request(f"r{number}") for number in range(40)])
+    ours, theirs = os.openpty()
+    os.set_blocking(ours, False)
+    shown, loop = bytearray(), asyncio.get_running_loop()
+    loop.add_reader(ours, lambda: shown.extend(os.read(ours, 1 << 16)))
+    try:
+        async with serve() as server:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "mball", "batch", "-i", source, "-o", target, "--url", server.url),
+                stdout=subprocess.DEVNULL,
+                stderr=theirs,
+                env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+            )
+            async with asyncio.timeout(60):
+                assert await process.wait() == 0
+        with contextlib.suppress(BlockingIOError):
+            shown.extend(os.read(ours, 1 << 16))
+    finally:
+        loop.remove_reader(ours)
+        os.close(ours)
+        os.close(theirs)
+    assert b"40/40" in shown
+    assert b"tokens/s" in shown

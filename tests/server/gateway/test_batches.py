@@ -246,6 +246,19 @@ async def test_a_batch_waits_for_a_full_disk_and_loses_nothing(
     assert await each_once(running, batch, 60) == (60, 0)
 
 
+async def test_a_batch_whose_input_is_gone_fails_and_says_so(gateway: Start, tmp_path: Path) -> None:
+    slow = model("a", Knobs(tokens=4, token_s=0.05))
+    running = await gateway(slow, files={"path": tmp_path / "files", "concurrency": 1})
+    first = await create(running, [line(n, "a") for n in range(4)])
+    batch = await create(running, [line(n, "a") for n in range(4)])
+    await until(running, batch, lambda batch: batch["status"] == "in_progress")
+    (data,) = (tmp_path / "files").rglob(f"{batch['input_file_id']}.jsonl")
+    data.unlink()
+    batch, first = await until(running, batch), await until(running, first)
+    assert (first["status"], batch["status"]) == ("completed", "failed")
+    assert "No such file" in batch["errors"]["data"][0]["message"]
+
+
 async def test_a_batch_s_worker_that_dies_costs_no_line(gateway: Start, tmp_path: Path) -> None:
     counter = str(tmp_path / "counter")
     dying = model("a", Knobs(crash_at="request", times=2, counter=counter))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -21,12 +22,12 @@ class Answers:
     """Lines are appended. One process writes it at a time. `finished`: the custom_ids that were in it."""
 
     def __init__(self, path: Path) -> None:
-        """Opens it, cutting off a line that a crash left half. Raises ConfigError."""
+        """Opens it, cutting off a line that a crash left half. Raises ConfigError, NotWritten."""
         self.path = path
         try:
             self._file = path.open("a+b", buffering=0)
         except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror or error}") from None
+            raise _no_file(path, error) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -38,7 +39,7 @@ class Answers:
             sync_folder(path.parent)
         except OSError as error:
             self._file.close()
-            raise ConfigError(f"{path}: {error.strerror or error}") from None
+            raise _no_file(path, error) from None
         except ConfigError:
             self._file.close()
             raise
@@ -72,8 +73,7 @@ class Answers:
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(self._whole_bytes)
-            why = f"{self.path}: {error.strerror or error}"
-            raise NotWritten(f"{why}; make room and run the same again: what is answered is kept") from None
+            raise _not_written(self.path, error) from None
         self._whole_bytes += len(data)
 
     def __enter__(self) -> Answers:
@@ -81,6 +81,16 @@ class Answers:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def _no_file(path: Path, error: OSError) -> MballError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    return _not_written(path, error) if full else ConfigError(f"{path}: {error.strerror or error}")
+
+
+def _not_written(path: Path, error: OSError) -> NotWritten:
+    why = f"{path}: {error.strerror or error}"
+    return NotWritten(f"{why}; make room and run the same again: what is answered is kept")
 
 
 def _encode(line: dict[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from mball.errors import InvalidRequest, NotFound, StorageFailed, StorageLimit
+from mball.errors import InvalidRequest, MballError, NotFound, StorageFailed, StorageLimit
 from mball.server.batch import lines
 from mball.server.batch.answers import Answers, NotWritten
 from mball.server.batch.lines import Index, Request
@@ -51,7 +51,12 @@ class Runner:
         context = contextvars.Context()
         life = asyncio.create_task(self._live(owner_of(batch.key_name), batch.id), name=batch.id, context=context)
         self._lives[batch.id] = life
-        life.add_done_callback(lambda _: self._lives.pop(batch.id, None))
+        life.add_done_callback(self._ended)
+
+    def _ended(self, life: asyncio.Task[None]) -> None:
+        self._lives.pop(life.get_name(), None)
+        if not life.cancelled() and (error := life.exception()) is not None:
+            _log.error("a batch broke off; it goes on at the next start", batch=life.get_name(), error=repr(error))
 
     async def close(self) -> None:
         """What is under way stops where it is, and goes on at the next start."""
@@ -81,8 +86,13 @@ class Runner:
             try:
                 await self._carry_out(owner, batch_id)
                 return
-            except (StorageFailed, NotWritten) as error:
-                _log.warning("a batch waits for the disk", batch=batch_id, error=str(error))
+            except (StorageFailed, StorageLimit, NotWritten, OSError) as error:
+                _log.warning("a batch waits for room", batch=batch_id, error=str(error))
+            except MballError as error:
+                _log.warning("a batch broke off", batch=batch_id, error=str(error))
+                why = {"code": "failed", "message": str(error), "param": None, "line": None}
+                await self._end(owner, self._batches.get(owner, batch_id), "failed", errors=[why])
+                return
             await asyncio.sleep(_AGAIN_S)
 
     async def _carry_out(self, owner: str, batch_id: str) -> None:
@@ -125,13 +135,7 @@ class Runner:
             if errors:
                 return
         async with self._turns[owner]:
-            while True:
-                try:
-                    await self._answer(owner, batch, self._gateway.asked_by(batch.key_name), self._concurrency)
-                    return
-                except (NotWritten, StorageLimit) as error:
-                    _log.warning("a batch waits for room", batch=batch.id, error=str(error))
-                await asyncio.sleep(_AGAIN_S)
+            await self._answer(owner, batch, self._gateway.asked_by(batch.key_name), self._concurrency)
 
     async def _change(self, owner: str, batch_id: str, status: str, **changes: Any) -> None:
         """Unless it was told to end meanwhile."""
@@ -183,7 +187,7 @@ class Runner:
             completed, failed = await whole(tell)
             self._batches.count(owner, batch.id, completed=completed, failed=failed)
 
-    async def _end(self, owner: str, batch: Batch, status: str) -> None:
+    async def _end(self, owner: str, batch: Batch, status: str, **changes: Any) -> None:
         """Its files become files of its owner, then it has ended. Raises StorageFailed."""
         published, now = [], int(time.time())
         for file_id, what in ((batch.output_id, "output"), (batch.error_id, "errors")):
@@ -195,7 +199,8 @@ class Runner:
                 published.append(file_id)
             else:
                 await self._files.delete(owner, file_id)
-        await self._batches.change(owner, batch.id, lambda batch: batch.to(status, published=tuple(published)))
+        changes["published"] = tuple(published)
+        await self._batches.change(owner, batch.id, lambda batch: batch.to(status, **changes))
         _log.info("batch ended", batch=batch.id, status=status)
 
 
