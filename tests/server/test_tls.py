@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,20 +46,20 @@ def config_of(folder: Path, **tls: str) -> Path:
 
 
 @contextmanager
-def served(config: Path) -> Iterator[int]:
-    """Its port."""
+def served(config: Path) -> Iterator[tuple[int, int]]:
+    """Its port and its pid."""
     with bind("127.0.0.1", 0) as sock:
         command = [sys.executable, "-m", "mball", "serve", "--fd", str(sock.fileno()), "--config", str(config)]
         process = subprocess.Popen(command, pass_fds=[sock.fileno()], stderr=subprocess.DEVNULL)
         try:
-            yield sock.getsockname()[1]
+            yield sock.getsockname()[1], process.pid
         finally:
             process.terminate()
             process.wait(60)
 
 
 def test_https_and_no_http(folder: Path) -> None:
-    with served(config_of(folder, certfile="ours.pem", keyfile="ours.key")) as port:
+    with served(config_of(folder, certfile="ours.pem", keyfile="ours.key")) as (port, _):
         trusting = ssl.create_default_context(cafile=str(folder / "ours.pem"))
         answer = httpx.get(f"https://127.0.0.1:{port}/health", verify=trusting, timeout=120)
         assert answer.json() == {"status": "ok"}
@@ -64,6 +67,29 @@ def test_https_and_no_http(folder: Path) -> None:
             httpx.get(f"https://127.0.0.1:{port}/health", timeout=60)
         with pytest.raises(httpx.HTTPError):
             httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
+
+
+def test_a_new_certificate_is_taken_at_a_reload_and_a_broken_one_is_not(folder: Path) -> None:
+    config = config_of(folder, certfile="now.pem", keyfile="now.key")
+
+    def put(name: str, key: str) -> None:
+        for kind, source in (("pem", name), ("key", key)):
+            shutil.copy(folder / f"{source}.{kind}", folder / f"now.{kind}")
+
+    def shown(port: int) -> str:
+        return ssl.get_server_certificate(("127.0.0.1", port), timeout=60)
+
+    ours, others = ((folder / name).read_text() for name in ("ours.pem", "others.pem"))
+    put("ours", "ours")
+    with served(config) as (port, pid):
+        assert shown(port) == ours
+        for name, key, wanted in (("others", "ours", ours), ("others", "others", others), ("ours", "others", others)):
+            put(name, key)
+            os.kill(pid, signal.SIGHUP)
+            deadline = time.monotonic() + 60
+            while shown(port) != wanted and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert shown(port) == wanted
 
 
 @pytest.mark.parametrize(

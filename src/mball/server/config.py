@@ -165,7 +165,7 @@ class KeyConfig(BaseModel):
 
 
 class TlsConfig(BaseModel):
-    """HTTPS, and nothing else, on the server's address. PEM files; a new certificate takes a restart."""
+    """HTTPS, and nothing else, on the server's address. PEM files, read anew at each reload."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True)
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mball.device import inotify
 from mball.errors import ConfigError, MballError
 from mball.memory.manager import Manager
 from mball.memory.spec import ModelSpec
+from mball.server import tls
 from mball.server.config import Config
 from mball.server.gateway.live import Live
 
@@ -40,6 +42,7 @@ class Reloader:
     """Takes a new configuration whole, or not at all.
 
     `read` gives it as it is now, `specs` the models of one; `told` is called with True before, and with False after.
+    `context` gives what HTTPS is served with, whose certificate is read anew each time (None: it is HTTP).
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Reloader:
         live: Live,
         manager: Manager,
         told: Callable[[bool], None] = lambda _: None,
+        context: Callable[[], ssl.SSLContext | None] = lambda: None,
     ) -> None:
         self._file = file
         self._read = read
@@ -57,6 +61,7 @@ class Reloader:
         self._live = live
         self._manager = manager
         self._told = told
+        self._context = context
         self._asked = asyncio.Event()
         self._touched = asyncio.Event()
         self._digest: bytes | None = None
@@ -95,13 +100,15 @@ class Reloader:
         if not wanted.models:
             raise ConfigError(f"{self._file}: no model to serve")
         before = self._live.config
-        fixed = {
-            name: getattr(before, name)
-            for name in Config.model_fields
-            if name not in LIVE and getattr(wanted, name) != getattr(before, name)
-        }
+        changed = {name for name in Config.model_fields if getattr(wanted, name) != getattr(before, name)}
+        if before.tls is not None and wanted.tls is not None:
+            changed.discard("tls")
+        fixed = {name: getattr(before, name) for name in changed - LIVE}
         config = wanted.model_copy(update=fixed)
         changes = await self._manager.prepare(await asyncio.to_thread(self._specs, config))
+        await asyncio.to_thread(tls.options, config.tls)
+        if config.tls is not None and (context := self._context()) is not None:
+            tls.renew(context, config.tls)
         # Nothing waits between these two: a request sees all of the one, or all of the other.
         self._live.apply(config)
         self._manager.change(changes, max_queue=config.max_queue)

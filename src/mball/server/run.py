@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from mball.server.gateway.live import Live
 from mball.server.gateway.protocol import Protocol
 from mball.server.notify import Notifier
 from mball.server.reload import Reloader
+from mball.server.tls import options
 
 _log = structlog.get_logger(__name__)
 _READY_TIMEOUT_S = 120.0
@@ -115,32 +115,28 @@ def serve(
         # Until it can be heeded: the default would end the process.
         signal.signal(signal.SIGHUP, lambda *_: None)
     with _runtime_dir(config) as runtime_dir:
-        tls = _tls(config)
+        tls = options(config.tls)
         manager = build(config, runtime_dir)
         manager.claim()
+        settings = uvicorn.Config(
+            create_app(manager, config, live, admin_port=None if admin is None else admin.getsockname()[1]),
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            loop="uvloop",
+            http=Protocol,
+            ws="none",
+            lifespan="on",
+            timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
+            timeout_keep_alive=30,
+            **tls,
+        )
         reloader = None
         if file is not None:
             read = partial(load_config, file, flags)
             specs = partial(model_specs, runtime_dir=runtime_dir)
-            reloader = Reloader(file, read, specs, live, manager, notifier.reloading)
-        server = _Server(
-            uvicorn.Config(
-                create_app(manager, config, live, admin_port=None if admin is None else admin.getsockname()[1]),
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                loop="uvloop",
-                http=Protocol,
-                ws="none",
-                lifespan="on",
-                timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
-                timeout_keep_alive=30,
-                **tls,
-            ),
-            manager,
-            notifier,
-            reloader,
-        )
+            reloader = Reloader(file, read, specs, live, manager, notifier.reloading, lambda: settings.ssl)
+        server = _Server(settings, manager, notifier, reloader)
         try:
             server.run(sockets=sockets)
         finally:
@@ -148,19 +144,6 @@ def serve(
                 each.close()
         if not server.started:
             raise MballError("the server could not start; the log above says why")
-
-
-def _tls(config: Config) -> dict[str, Any]:
-    """For uvicorn. Raises ConfigError where the files are not what they should be."""
-    if config.tls is None:
-        return {}
-    files = {"certfile": str(config.tls.certfile), "keyfile": str(config.tls.keyfile)}
-    # Who is asked for a password here would wait for ever.
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(**files, password=lambda: b"")
-    except (OSError, ssl.SSLError, ValueError) as error:
-        raise ConfigError(f"tls: {files['certfile']}, {files['keyfile']}: {error}") from None
-    return {f"ssl_{name}": path for name, path in files.items()}
 
 
 @contextlib.contextmanager
