@@ -19,6 +19,7 @@ from mball.memory.spec import ModelSpec
 from mball.server.config import Config
 from mball.server.gateway.app import create_app
 from mball.server.gateway.live import Live
+from mball.server.gateway.protocol import Protocol
 from mball.server.run import bind
 from tests.fake_worker import command
 from tests.memory.conftest import QUICK, device, runtime_dir
@@ -33,6 +34,11 @@ class Gateway:
     http: aiohttp.ClientSession
     live: Live
     admin_url: str = ""
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return host, int(port)
 
     def state(self, name: str) -> dict[str, Any]:
         state: dict[str, Any] = next(m for m in self.manager.snapshot()["models"] if m["name"] == name)
@@ -67,7 +73,9 @@ async def gateway(runtime_dir: Path, device: SimulatedDevice) -> AsyncIterator[S
             admin = bind("127.0.0.1", 0) if config.admin is not None else sock
             admin_port = admin.getsockname()[1]
             app = create_app(manager, config, live, admin_port=admin_port if config.admin is not None else None)
-            server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+            server = uvicorn.Server(
+                uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1, http=Protocol, ws="none")
+            )
             running = asyncio.create_task(server._serve([sock] if admin is sock else [sock, admin]))
 
             async def stop() -> None:

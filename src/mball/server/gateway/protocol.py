@@ -13,21 +13,36 @@ from mball.units import KiB
 
 class Protocol(HttpToolsProtocol):
     """A head of more than `max_head_bytes` is answered with 431. A request that has not come whole within `receive_s`
-    and a second more for each `least_rate_bytes` of it is given up, with 408 where nothing of it was answered."""
+    and a second more for each `least_rate_bytes` of it is given up, with 408 where nothing of it was answered. So is a
+    client that reads nothing of its answer for `send_s`."""
 
     max_head_bytes = 64 * KiB
     receive_s = 30.0
+    send_s = 60.0
     least_rate_bytes = 16 * KiB
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._timer: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None
         self._next_request()
         self._begin()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
+        if self._unread is not None:
+            self._unread.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.send_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def data_received(self, data: bytes) -> None:
         if not self._in_head:

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mball.errors import DeadlineExceeded, MballError, RequestError, Unavailable
+from mball.errors import DeadlineExceeded, Draining, MballError, RequestError, Unavailable
 from mball.memory.manager import Manager
 from mball.server import http, tenants
 from mball.server.config import Config
@@ -85,6 +85,10 @@ class Forward(Response):
             code = answer.code
         except ClientLeft:
             code = CLIENT_LEFT
+        except asyncio.CancelledError:
+            # The time to drain is over; whoever asked is told so, and the task ends here.
+            code = Draining.status
+            await answer.fail(Draining("the server shuts down, and this took longer than it could wait"))
         except RequestError as error:
             code = error.status
             raise
