@@ -246,6 +246,23 @@ async def test_a_batch_waits_for_a_full_disk_and_loses_nothing(
     assert await each_once(running, batch, 60) == (60, 0)
 
 
+async def test_a_batch_waits_until_its_key_has_room(
+    gateway: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches_run, "_AGAIN_S", 0.1)
+    files = {"path": tmp_path / "files", "max_bytes": 250_000, "concurrency": 1}
+    running = await gateway(model("a", Knobs(tokens=3000)), files=files)
+    other = await put(running, bytes(150_000))
+    batch = await create(running, [line(n, "a") for n in range(10)])
+    await until(running, batch, lambda batch: batch["request_counts"]["completed"] >= 6)
+    await running.until(lambda: running.state("a")["in_flight"] == 0)
+    assert (await get(running, f"batches/{batch['id']}"))["status"] == "in_progress"
+    async with running.http.delete(f"{running.url}/v1/files/{other['id']}") as response:
+        assert response.status == 200
+    batch = await until(running, batch)
+    assert await each_once(running, batch, 10) == (10, 0)
+
+
 async def test_a_batch_whose_input_is_gone_fails_and_says_so(gateway: Start, tmp_path: Path) -> None:
     slow = model("a", Knobs(tokens=4, token_s=0.05))
     running = await gateway(slow, files={"path": tmp_path / "files", "concurrency": 1})

@@ -226,7 +226,9 @@ async def test_an_expired_file_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         files.get(owner, "file-a")
     assert files.all(owner) == []
-    await files.sweep()
+    await files.sweep(lambda owner, file_id: file_id == "file-a")
+    assert len(on_disk(root)) == 2
+    await files.sweep(lambda owner, file_id: False)
     assert on_disk(root) == []
 
 

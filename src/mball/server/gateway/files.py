@@ -29,7 +29,7 @@ def router(kept: Storage) -> APIRouter:
     @routes.post("/v1/files")
     async def upload(request: Request) -> JSONResponse:
         owner = owner_of(request.state.key.name)
-        await files.sweep()
+        await kept.sweep()
         file_id = new_id()
         target = files.path(owner, file_id)
         part = target.with_suffix(records.PART)

@@ -46,6 +46,7 @@ class Storage:
                 raise StorageFailed("there is no folder for them: set `files: {path: …}`")
             self._lock = await whole(lock, self._root)
             await whole(self._load)
+            await self.sweep()
         except StorageFailed as error:
             self._why = str(error)
             _log.warning("no files and batches", reason=self._why)
@@ -53,6 +54,10 @@ class Storage:
         self._why = None
         for _, batch in self.batches.unfinished():
             self.runner.begin(batch)
+
+    async def sweep(self) -> None:
+        """Deletes files that have expired and that no batch reads. Raises StorageFailed."""
+        await self.files.sweep(lambda owner, file_id: self.batches.reading(owner, file_id) is not None)
 
     def _load(self) -> None:
         self.batches.load()

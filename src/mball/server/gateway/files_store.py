@@ -8,7 +8,7 @@ import os
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,12 +132,12 @@ class Files:
         await whole(records.remove, self._record(owner, file_id), self.path(owner, file_id))
         self._files[owner].pop(file_id, None)
 
-    async def sweep(self) -> None:
-        """Deletes what has expired. Raises StorageFailed."""
+    async def sweep(self, used: Callable[[str, str], bool]) -> None:
+        """Deletes what has expired, but for what `used` says of an owner's file. Raises StorageFailed."""
         now = time.time()
         for owner, files in list(self._files.items()):
             for file in list(files.values()):
-                if file.expires_at is not None and file.expires_at <= now:
+                if file.expires_at is not None and file.expires_at <= now and not used(owner, file.id):
                     await self.delete(owner, file.id)
 
     def _record(self, owner: str, file_id: str) -> Path:
