@@ -396,7 +396,7 @@ class FakeWorker:
 
     async def run(self, control_fd: int) -> None:
         app = web.Application()
-        for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings"):
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/responses"):
             app.router.add_post(path, self.answer)
         app.router.add_get("/health", self.health)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)

@@ -25,6 +25,16 @@ _log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
 _MAX_QUOTED = 2000
 
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
 
 async def read_body(request: Request, max_body_bytes: int) -> bytes:
     """The whole body. Raises PayloadTooLarge as soon as it is over the limit, InvalidRequest where the client left."""
@@ -89,7 +99,36 @@ def _quotable(text: str | None) -> str | None:
     return text and text[:_MAX_QUOTED].encode(errors="backslashreplace").decode()
 
 
-def error_response(error: Exception) -> JSONResponse:
+def error_body_of(path: str, error: Exception) -> dict[str, Any]:
+    """The error as the API has it that the path belongs to."""
+    body = error_body(error)
+    if not path.startswith(ANTHROPIC_PATH):
+        return body
+    status = error.status if isinstance(error, RequestError) else 500
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {**body["error"], "type": kind}}
+
+
+def stream_error(error: Exception, path: str) -> bytes:
+    """The last event of a stream that breaks off, as the API has it that the path belongs to."""
+    return stream_error_of(error_body_of(path, error), path)
+
+
+def stream_error_of(body: dict[str, Any], path: str) -> bytes:
+    """The same of an error's body."""
+    if not path.startswith(ANTHROPIC_PATH):
+        return f"data: {json.dumps(body)}\n\n".encode()
+    return f"event: error\ndata: {json.dumps(body)}\n\n".encode()
+
+
+def is_whole(path: str, tail: bytes) -> bool:
+    """Whether a stream that ends so had come to its end."""
+    if path.startswith(ANTHROPIC_PATH):
+        return b"event: message_stop" in tail
+    return tail.endswith(b"data: [DONE]\n\n")
+
+
+def error_response(error: Exception, path: str = "") -> JSONResponse:
     """The error with its status, and a Retry-After in whole seconds where trying again helps."""
     headers = {}
     if isinstance(error, Unavailable) and error.retry_after_s is not None:
@@ -100,11 +139,11 @@ def error_response(error: Exception) -> JSONResponse:
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     status = error.status if isinstance(error, RequestError) else 500
-    return JSONResponse(error_body(error), status_code=status, headers=headers)
+    return JSONResponse(error_body_of(path, error), status_code=status, headers=headers)
 
 
-async def on_mball_error(_: Request, error: Exception) -> JSONResponse:
-    return error_response(error)
+async def on_mball_error(request: Request, error: Exception) -> JSONResponse:
+    return error_response(error, request.url.path)
 
 
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -126,7 +165,7 @@ async def on_invalid(_: Request, error: Exception) -> JSONResponse:
 async def on_unexpected(request: Request, error: Exception) -> JSONResponse:
     """Starlette logs the traceback itself."""
     _log.error("request failed", path=request.url.path, error=repr(error))
-    response = error_response(error)
+    response = error_response(error, request.url.path)
     # Its answer is sent from outside of all that would name it.
     if request_id := request.scope.get("state", {}).get("request_id"):
         response.headers["x-request-id"] = request_id

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mball.server.gateway.metrics import usage_in
+from mball.server.gateway.metrics import tokens_of, usage_in
 from tests.fake_worker import Knobs
 from tests.memory.conftest import model
 from tests.server.gateway.conftest import Gateway, Start
@@ -102,3 +102,16 @@ async def test_the_ladder_is_shown(gateway: Start) -> None:
 )
 def test_usage_is_found_at_an_answers_end(tail: bytes, expected: dict[str, Any] | None) -> None:
     assert usage_in(tail) == expected
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        ({"prompt_tokens": 7, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}, (7, 2, 4)),
+        ({"input_tokens": 7, "output_tokens": 2, "input_tokens_details": {"cached_tokens": 4}}, (7, 2, 4)),
+        ({"input_tokens": 3, "output_tokens": 2, "cache_read_input_tokens": 4}, (7, 2, 4)),
+        ({"input_tokens": "x", "output_tokens": True}, (0, 0, 0)),
+    ],
+)
+def test_tokens_as_each_api_says_them(usage: dict[str, Any], tokens: tuple[int, int, int]) -> None:
+    assert tokens_of(usage) == tokens

@@ -167,7 +167,7 @@ class Access:
         try:
             key = self._admit(scope["path"], Headers(scope=scope))
         except (Unauthorized, Forbidden) as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         if self._is_elsewhere(scope):
             response = await on_http_error(Request(scope), HTTPException(404))

@@ -33,7 +33,15 @@ from mball.server.gateway.shortcut import Endpoint, Shortcut
 from mball.server.gateway.tracing import Tracing
 from mball.server.gateway.upstream import Workers
 
-FORWARDED_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize")
+FORWARDED_PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/tokenize",
+    "/detokenize",
+)
 """What reaches a worker; nothing else does."""
 
 

@@ -128,15 +128,15 @@ class Request:
         metrics.of(metrics.whole, model).observe(time.perf_counter() - self._began)
         if (usage := usage_in(tail)) is None:
             return None
-        prompt, generated = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+        prompt, generated, cached = tokens_of(usage)
         metrics.of(metrics.prompt, model).inc(prompt)
         metrics.of(metrics.generated, model).inc(generated)
-        metrics.of(metrics.cached, model).inc(_count(usage.get("prompt_tokens_details"), "cached_tokens"))
+        metrics.of(metrics.cached, model).inc(cached)
         return prompt + generated
 
 
 def usage_in(tail: bytes) -> dict[str, Any] | None:
-    """OpenAI's usage object, the last that stands whole in the end of an answer."""
+    """The usage object, the last that stands whole in the end of an answer."""
     for found in reversed(list(_USAGE.finditer(tail))):
         try:
             usage, _ = json.JSONDecoder().raw_decode(tail[found.start(1) :].decode(errors="replace"))
@@ -145,6 +145,17 @@ def usage_in(tail: bytes) -> dict[str, Any] | None:
         if isinstance(usage, dict):
             return usage
     return None
+
+
+def tokens_of(usage: dict[str, Any]) -> tuple[int, int, int]:
+    """(of the prompt, generated, of the prompt not computed): as chat completions, responses, or messages say it."""
+    if "prompt_tokens" in usage:
+        cached = _count(usage.get("prompt_tokens_details"), "cached_tokens")
+        return _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"), cached
+    read = _count(usage, "cache_read_input_tokens")
+    prompt = _count(usage, "input_tokens") + read + _count(usage, "cache_creation_input_tokens")
+    cached = read + _count(usage.get("input_tokens_details"), "cached_tokens")
+    return prompt, _count(usage, "output_tokens"), cached
 
 
 def _count(fields: object, name: str) -> int:

@@ -23,7 +23,7 @@ from mball.server.gateway.metrics import CLIENT_LEFT, TAIL_BYTES, Request
 from mball.server.gateway.requests import Call
 from mball.server.gateway.tracing import Tracing
 from mball.server.gateway.upstream import CONNECT_TIMEOUT_S, Answer, Unreachable, Workers
-from mball.server.http import ClientLeft, error_body, unless_disconnected
+from mball.server.http import ClientLeft, error_body_of, is_whole, stream_error, stream_error_of, unless_disconnected
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -32,7 +32,6 @@ Head = list[tuple[bytes, bytes]]
 
 _log = structlog.get_logger(__name__)
 _FORWARDED_HEADERS = frozenset({b"content-type", b"content-length", b"cache-control", b"retry-after"})
-_DONE = b"data: [DONE]\n\n"
 _EVENTS: Head = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 _PROGRESS_S = 0.5
 _PIECE = b"data: "
@@ -75,7 +74,7 @@ class Forward(Response):
         self._priority = key.priority(call.priority)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = _Answer(send, self._call.stream, self._measured)
+        answer = _Answer(send, self._path, self._call.stream, self._measured)
         code = 500
         if self._tracing is not None:
             self._span = self._tracing.begin(Headers(scope=scope), self._path, self._request_id)
@@ -178,12 +177,13 @@ class _Answer:
     """The client's side of one answer: exactly one outcome. `code`: its status, 503 where it was cut off; `tail`: its
     last bytes; `asked`: a worker was asked for it; `pieces`: events of a stream so far."""
 
-    def __init__(self, send: Send, stream: bool, measured: Request) -> None:
+    def __init__(self, send: Send, path: str, stream: bool, measured: Request) -> None:
         self.code = 503
         self.tail = b""
         self.asked = False
         self.pieces = 0
         self._send = send
+        self._path = path
         self._stream = stream
         self._measured = measured
         self._started = False
@@ -228,8 +228,8 @@ class _Answer:
         try:
             fields = http.parse_object(body)
         except MballError:
-            fields = error_body(MballError(f"the worker answered with {upstream.status}"))
-        await self._send({"type": "http.response.body", "body": _event(fields)})
+            fields = error_body_of(self._path, MballError(f"the worker answered with {upstream.status}"))
+        await self._send({"type": "http.response.body", "body": stream_error_of(fields, self._path)})
         self.code = upstream.status
 
     async def fail(self, error: MballError) -> None:
@@ -238,12 +238,12 @@ class _Answer:
             raise error
         self._arrived.set()
         self.code = error.status if isinstance(error, RequestError) else 500
-        if self._stream and self.tail.endswith(_DONE):
+        if self._stream and is_whole(self._path, self.tail):
             # It was whole: its worker ended between the last event and the end of the body.
             self.code = 200
             await self._send({"type": "http.response.body", "body": b""})
         elif self._stream:
-            await self._send({"type": "http.response.body", "body": _event(error_body(error))})
+            await self._send({"type": "http.response.body", "body": stream_error(error, self._path)})
         else:
             # A body cut short of its content-length: the connection closes and the client sees it.
             raise ConnectionAbortedError(str(error))

@@ -32,4 +32,4 @@ class Shortcut:
             await response(scope, receive, send)
         except MballError as error:
             # One whose answer has begun is not raised.
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)

@@ -48,6 +48,7 @@ class Answer(Response):
                     choice.text += delta.text
                     choice.tokens += delta.tokens
                     choice.finish_reason = delta.finish_reason or choice.finish_reason
+                    choice.stop = delta.stop
             usage = self._usage(generation)
         return JSONResponse(self._form.whole(choices, usage))
 

@@ -1,4 +1,4 @@
-"""The worker's routes: OpenAI's three, tokens, and /health."""
+"""The worker's routes: OpenAI's, Anthropic's messages, tokens, and /health."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mball.errors import InvalidRequest, MballError
 from mball.server import http, tenants
 from mball.server.tenants import salted
+from mball.server.worker import anthropic_format
 from mball.server.worker.answers import Answer
-from mball.server.worker.chat import prepare
+from mball.server.worker.anthropic_request import CountRequest, MessagesRequest, chat_request
+from mball.server.worker.chat import prepare, prompt_ids
 from mball.server.worker.embeddings import answer_embeddings
 from mball.server.worker.formats import ChatFormat, CompletionFormat
 from mball.server.worker.generation import Job
@@ -44,6 +46,8 @@ def create_app(service: Service) -> Starlette:
             _post("/v1/chat/completions", service, _chat),
             _post("/v1/completions", service, _completions),
             _post("/v1/embeddings", service, _embeddings),
+            _post(anthropic_format.PATH, service, _messages),
+            _post(f"{anthropic_format.PATH}/count_tokens", service, _count_tokens),
             _post("/tokenize", service, _tokenize),
             _post("/detokenize", service, _detokenize),
             Route("/health", lambda _: JSONResponse({"status": "ok", "resident": service.is_open})),
@@ -106,6 +110,19 @@ async def _chat(service: Service, body: bytes, tenant: str) -> Response:
         include_usage=request.include_usage,
     )
     return chat.answer(service, request, form)
+
+
+async def _messages(service: Service, body: bytes, tenant: str) -> Response:
+    request = chat_request(parse(MessagesRequest, http.parse_object(body)))
+    chat = await prepare(service, request, tenant, anthropic_format.PATH)
+    form = anthropic_format.AnthropicFormat(service.spec.model, chat.prompt_tokens, chat.reader())
+    return chat.answer(service, request, form)
+
+
+async def _count_tokens(service: Service, body: bytes, _: str) -> Response:
+    request = chat_request(parse(CountRequest, http.parse_object(body)))
+    service.check_model(request.model)
+    return JSONResponse({"input_tokens": len(await prompt_ids(service, request, anthropic_format.PATH))})
 
 
 async def _completions(service: Service, body: bytes, tenant: str) -> Response:

@@ -55,12 +55,13 @@ class Job:
 
 @dataclass(slots=True)
 class Delta:
-    """What is new of one choice. `tokens` are filled where logprobs were asked for."""
+    """What is new of one choice. `tokens` are filled where logprobs were asked for. `stop` ended it, a stop string."""
 
     index: int
     text: str = ""
     tokens: list[Output] = field(default_factory=list)
     finish_reason: Finish | None = None
+    stop: str | None = None
 
 
 class _Inbox:
@@ -132,6 +133,7 @@ class _Choice:
         if output.finish_reason is not None and not met:
             text += self._stops.flush()
         delta.text += text
+        delta.stop = self._stops.met
         if met or output.finish_reason is not None:
             self.done = True
             delta.finish_reason = "length" if output.finish_reason == "length" and not met else "stop"

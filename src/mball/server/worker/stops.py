@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 class StopStrings:
     """One sequence's. Text is held back while it may still become a stop string; where the pieces are cut makes no
-    difference: the stop string that is complete first wins, the longer of two that end together."""
+    difference: the stop string that is complete first wins, the longer of two that end together. It is `met` then."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
+        self.met: str | None = None
 
     def add(self, text: str) -> tuple[str, bool]:
         """(text that is certain, whether a stop string was met). After a stop nothing more is taken."""
@@ -20,7 +21,9 @@ class StopStrings:
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)[1]], True
+            end, at = min(found)
+            self.met = text[at:end]
+            return text[:at], True
         certain = len(text) - self._open_length(text)
         self._held = text[certain:]
         return text[:certain], False

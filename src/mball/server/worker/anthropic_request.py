@@ -1,0 +1,201 @@
+"""Anthropic's `/v1/messages` (https://docs.anthropic.com/en/api/messages) as a chat request, strictly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from mball.errors import InvalidRequest
+from mball.server.worker.protocol import (
+    MAX_STOP_LENGTH,
+    MAX_STOPS,
+    ChatRequest,
+    Real,
+    Request,
+    Salt,
+    parse,
+)
+from mball.server.worker.values import shallow, wrong
+
+_HINTS = {"cache_control", "citations"}
+"""Of a block: they say nothing about the answer."""
+_THOUGHTS = {"thinking", "redacted_thinking"}
+"""Blocks of the assistant's that no chat template here takes back."""
+
+
+class CountRequest(Request):
+    """What both requests have; the lists are read by `chat_request`."""
+
+    messages: list[Any] = Field(min_length=1)
+    system: str | list[Any] = ""
+    tools: list[Any] = Field(default=[])
+    tool_choice: dict[str, Any] = Field(default={"type": "auto"})
+    thinking: dict[str, Any] = Field(default={"type": "disabled"})
+    output_config: dict[str, Any] = Field(default={})
+
+
+class MessagesRequest(CountRequest):
+    max_tokens: int = Field(ge=1)
+    stop_sequences: list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]] = Field(
+        default=[], max_length=MAX_STOPS
+    )
+    stream: bool = False
+    temperature: Real = Field(default=1.0, ge=0, le=1)
+    top_p: Real = Field(default=1.0, ge=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    cache_salt: Salt | None = None
+
+
+def chat_request(request: CountRequest) -> ChatRequest:
+    """Raises InvalidRequest naming the field as Anthropic has it."""
+    if request.thinking.get("type") != "disabled":
+        raise wrong("thinking", "is not supported here")
+    fields: dict[str, Any] = {
+        "model": request.model,
+        "messages": _messages(request),
+        "tools": [_tool(tool, f"tools[{index}]") for index, tool in enumerate(request.tools)],
+        **_choice(request.tool_choice),
+        **_format(request.output_config),
+    }
+    if isinstance(request, MessagesRequest):
+        fields |= {
+            "max_tokens": request.max_tokens,
+            "stop": request.stop_sequences,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "top_k": request.top_k,
+            "cache_salt": request.cache_salt,
+            "stream": request.stream,
+        }
+    return parse(ChatRequest, fields)
+
+
+def _messages(request: CountRequest) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = []
+    if request.system:
+        messages.append({"role": "system", "content": _text(request.system, "system")})
+    for index, message in enumerate(request.messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            raise wrong(where, "must be an object with a `role` and a `content`, nothing else")
+        role, content = message["role"], message["content"]
+        if role not in ("user", "assistant"):
+            raise wrong(f"{where}.role", "must be user or assistant")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, list):
+            raise wrong(f"{where}.content", "must be a text or a list of blocks")
+        messages += (_of_user if role == "user" else _of_assistant)(content, f"{where}.content")
+    if messages[-1]["role"] == "assistant":
+        raise wrong(f"messages[{len(request.messages) - 1}].role", "is assistant: an answer is not begun for the model")
+    return messages
+
+
+def _of_user(blocks: list[Any], where: str) -> list[dict[str, Any]]:
+    """What tools answered comes first."""
+    results: list[dict[str, Any]] = []
+    texts: list[str] = []
+    for index, block in enumerate(blocks):
+        at = f"{where}[{index}]"
+        kind = _kind(block, at)
+        if kind == "text":
+            texts.append(_text([block], where))
+        elif kind == "tool_result":
+            _known(block, {"type", "tool_use_id", "content", "is_error"}, at)
+            content = _text(block.get("content") or "", f"{at}.content")
+            results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content})
+        else:
+            raise _no_such_block(kind, at)
+    return [*results, *([{"role": "user", "content": "\n".join(texts)}] if texts or not results else [])]
+
+
+def _of_assistant(blocks: list[Any], where: str) -> list[dict[str, Any]]:
+    texts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for index, block in enumerate(blocks):
+        at = f"{where}[{index}]"
+        kind = _kind(block, at)
+        if kind == "text":
+            texts.append(_text([block], where))
+        elif kind == "tool_use":
+            _known(block, {"type", "id", "name", "input"}, at)
+            shallow(block.get("input"), f"{at}.input")
+            function = {"name": block.get("name"), "arguments": json.dumps(block.get("input"))}
+            calls.append({"id": block.get("id"), "type": "function", "function": function})
+        elif kind not in _THOUGHTS:
+            raise _no_such_block(kind, at)
+    return [{"role": "assistant", "content": "\n".join(texts), **({"tool_calls": calls} if calls else {})}]
+
+
+def _text(value: Any, where: str) -> str:
+    """Of a text, or of blocks of text."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise wrong(where, "must be a text or a list of blocks")
+    texts = []
+    for index, block in enumerate(value):
+        at = f"{where}[{index}]"
+        if (kind := _kind(block, at)) != "text":
+            raise _no_such_block(kind, at)
+        _known(block, {"type", "text"}, at)
+        if not isinstance(block.get("text"), str):
+            raise wrong(f"{at}.text", "must be a text")
+        texts.append(block["text"])
+    return "\n".join(texts)
+
+
+def _kind(block: Any, where: str) -> str:
+    kind = block.get("type") if isinstance(block, dict) else None
+    if not isinstance(kind, str):
+        raise wrong(f"{where}.type", "must be there: text, tool_use or tool_result")
+    return kind
+
+
+def _no_such_block(kind: str, where: str) -> InvalidRequest:
+    return wrong(where, f"is of type {kind[:40]!r}: text and tools alone are taken, and no address is fetched")
+
+
+def _known(value: dict[str, Any], names: set[str], where: str) -> None:
+    if unknown := value.keys() - names - _HINTS:
+        raise wrong(f"{where}.{min(unknown)}", "is not known")
+
+
+def _tool(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or value.get("type") not in (None, "custom"):
+        raise wrong(f"{where}.type", "must be custom: no other tools are run here")
+    _known(value, {"type", "name", "description", "input_schema", "strict"}, where)
+    function = {"name": value.get("name"), "description": value.get("description")}
+    return {
+        "type": "function",
+        "function": {**function, "parameters": value.get("input_schema"), "strict": value.get("strict")},
+    }
+
+
+def _choice(value: dict[str, Any]) -> dict[str, Any]:
+    kind = value.get("type")
+    modes: dict[Any, Callable[[], Any]] = {
+        "auto": lambda: "auto",
+        "any": lambda: "required",
+        "none": lambda: "none",
+        "tool": lambda: {"type": "function", "function": {"name": value.get("name")}},
+    }
+    if not isinstance(kind, str) or kind not in modes:
+        raise wrong("tool_choice.type", "must be auto, any, tool or none")
+    _known(value, {"type", "disable_parallel_tool_use", *(["name"] if kind == "tool" else [])}, "tool_choice")
+    return {"tool_choice": modes[kind](), "parallel_tool_calls": not value.get("disable_parallel_tool_use", False)}
+
+
+def _format(value: dict[str, Any]) -> dict[str, Any]:
+    if unknown := value.keys() - {"format"}:
+        raise wrong(f"output_config.{min(unknown)}", "is not supported here")
+    form = value.get("format")
+    if form is None:
+        return {}
+    if not isinstance(form, dict) or form.get("type") != "json_schema" or form.keys() - {"type", "schema"}:
+        raise wrong("output_config.format", "must be a `type`, json_schema, and a `schema`")
+    named = {"name": "answer", "schema": form.get("schema")}
+    return {"response_format": {"type": "json_schema", "json_schema": named}}
