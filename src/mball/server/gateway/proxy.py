@@ -85,9 +85,13 @@ class Forward(Response):
         except ClientLeft:
             code = CLIENT_LEFT
         except asyncio.CancelledError:
-            # The time to drain is over; whoever asked is told so, and the task ends here.
+            # The time to drain is over: whoever asked is told so.
             code = Draining.status
-            await answer.fail(Draining("the server shuts down, and this took longer than it could wait"))
+            try:
+                await answer.fail(Draining("the server shuts down, and this took longer than it could wait"))
+            except Draining as error:
+                await http.error_response(error)(scope, receive, send)
+            raise
         except RequestError as error:
             code = error.status
             raise
