@@ -26,6 +26,7 @@ _T = TypeVar("_T")
 _MAX_QUOTED = 2000
 
 ANTHROPIC_PATH = "/v1/messages"
+RESPONSES_PATH = "/v1/responses"
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -116,7 +117,15 @@ def stream_error(error: Exception, path: str) -> bytes:
 
 def stream_error_of(body: dict[str, Any], path: str) -> bytes:
     """The same of an error's body."""
-    if not path.startswith(ANTHROPIC_PATH):
+    if path.startswith(RESPONSES_PATH):
+        error = body.get("error")
+        fields = error if isinstance(error, dict) else {}
+        body = {
+            "type": "error",
+            "sequence_number": 0,
+            **{name: fields.get(name) for name in ("code", "message", "param")},
+        }
+    elif not path.startswith(ANTHROPIC_PATH):
         return f"data: {json.dumps(body)}\n\n".encode()
     return f"event: error\ndata: {json.dumps(body)}\n\n".encode()
 
@@ -125,6 +134,9 @@ def is_whole(path: str, tail: bytes) -> bool:
     """Whether a stream that ends so had come to its end."""
     if path.startswith(ANTHROPIC_PATH):
         return b"event: message_stop" in tail
+    if path.startswith(RESPONSES_PATH):
+        # Its last event may be longer than what is left of the end; no other one says a usage.
+        return tail.endswith(b"}\n\n") and b'"usage":{' in tail.rpartition(b"\n\nevent: ")[2]
     return tail.endswith(b"data: [DONE]\n\n")
 
 

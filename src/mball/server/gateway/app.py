@@ -37,6 +37,7 @@ FORWARDED_PATHS = (
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/embeddings",
+    "/v1/responses",
     "/v1/messages",
     "/v1/messages/count_tokens",
     "/tokenize",

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mball.errors import InvalidRequest, MballError
 from mball.server import http, tenants
 from mball.server.tenants import salted
-from mball.server.worker import anthropic_format
+from mball.server.worker import anthropic_format, responses_format, responses_request
 from mball.server.worker.answers import Answer
 from mball.server.worker.anthropic_request import CountRequest, MessagesRequest, chat_request
 from mball.server.worker.chat import prepare, prompt_ids
@@ -25,6 +25,7 @@ from mball.server.worker.embeddings import answer_embeddings
 from mball.server.worker.formats import ChatFormat, CompletionFormat
 from mball.server.worker.generation import Job
 from mball.server.worker.protocol import ChatRequest, CompletionRequest, EmbeddingRequest, parse
+from mball.server.worker.responses_request import ResponsesRequest
 from mball.server.worker.sampling import Wanted, sampling_params
 from mball.server.worker.service import Service
 from mball.server.worker.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
@@ -46,6 +47,7 @@ def create_app(service: Service) -> Starlette:
             _post("/v1/chat/completions", service, _chat),
             _post("/v1/completions", service, _completions),
             _post("/v1/embeddings", service, _embeddings),
+            _post(responses_format.PATH, service, _responses),
             _post(anthropic_format.PATH, service, _messages),
             _post(f"{anthropic_format.PATH}/count_tokens", service, _count_tokens),
             _post("/tokenize", service, _tokenize),
@@ -109,6 +111,14 @@ async def _chat(service: Service, body: bytes, tenant: str) -> Response:
         [chat.reader() for _ in chat.jobs],
         include_usage=request.include_usage,
     )
+    return chat.answer(service, request, form)
+
+
+async def _responses(service: Service, body: bytes, tenant: str) -> Response:
+    given = parse(ResponsesRequest, http.parse_object(body))
+    request = responses_request.chat_request(given)
+    chat = await prepare(service, request, tenant, responses_format.PATH)
+    form = responses_format.ResponsesFormat(given, service.tokenizer, request.wanted_logprobs, chat.reader())
     return chat.answer(service, request, form)
 
 

@@ -145,19 +145,22 @@ class ChatFormat:
         return "".join(p for p in pieces if isinstance(p, str)), [p for p in pieces if isinstance(p, CallPiece)]
 
     def _rest(self, delta: Delta) -> Json:
-        content = [self._token(output) for output in delta.tokens]
-        logprobs = {"content": content, "refusal": None} if self._logprobs is not None else None
+        logprobs = None
+        if self._logprobs is not None:
+            logprobs = {"content": token_logprobs(self._tokenizer, delta.tokens, self._logprobs), "refusal": None}
         return {"logprobs": logprobs, "finish_reason": delta.finish_reason}
 
-    def _token(self, output: Output) -> Json:
-        tops = output.top_logprobs[: self._logprobs]
-        return {**self._logprob(output.logprob), "top_logprobs": [self._logprob(top) for top in tops]}
 
-    def _logprob(self, entry: Logprob | None) -> Json:
+def token_logprobs(tokenizer: Tokenizer, outputs: Sequence[Output], most: int) -> list[Json]:
+    """Of each token, with at most so many alternatives."""
+
+    def of(entry: Logprob | None) -> Json:
         if entry is None:
             return {"token": "", "logprob": _LEAST_LOGPROB, "bytes": []}
-        data = self._tokenizer.token_bytes(entry.token_id)
+        data = tokenizer.token_bytes(entry.token_id)
         return {"token": data.decode(errors="replace"), "logprob": _finite(entry), "bytes": list(data)}
+
+    return [{**of(o.logprob), "top_logprobs": [of(top) for top in o.top_logprobs[:most]]} for o in outputs]
 
 
 def _call_delta(piece: CallPiece) -> Json:
