@@ -37,7 +37,7 @@ def table(state: dict[str, Any]) -> Table:
         shown = model["shown_as"]
         swap, rate = model["last_swap_s"], model["load_gib_s"]
         view.add_row(
-            model["name"] + (" (pinned)" if model["pinned"] else ""),
+            model["name"] + (" (pinned)" if model["pinned"] else "") + (" (leaving)" if model.get("retired") else ""),
             f"[{styles.get(shown, 'dim')}]{shown}[/]",
             *([numbers.get(model["device"], "")] if several else []),
             format_bytes(model["device_bytes"]) + ("*" if model["ballooned_bytes"] else ""),
