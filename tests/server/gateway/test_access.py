@@ -200,14 +200,19 @@ def test_tokens_of_a_minute_are_counted_as_they_were_used(monkeypatch: pytest.Mo
         pass
 
 
-async def test_tokens_count_by_usage_or_by_what_is_seen(gateway: Start) -> None:
+async def test_tokens_count_by_usage_or_by_what_is_seen(gateway: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {"tokens_per_minute": 12}
     running = await gateway(model("a", Knobs(tokens=9)), api_keys=[entry(USER, "user", limits=limits)])
+    spent: list[int] = []
+    spend = Key.spend
+    monkeypatch.setattr(Key, "spend", lambda key, tokens: (spent.append(tokens), spend(key, tokens)))
     for stream in (False, True):
         data = body("a", stream=stream)
         async with running.http.post(running.url + CHAT, data=data, headers=bearer(USER)) as response:
             assert response.status == 200
-            await response.read()
+            events = (await response.read()).count(b"data: ")
+    assert events > 9
+    assert spent == [10, len(data) // 4 + events]
     async with running.http.post(running.url + CHAT, data=body("a"), headers=bearer(USER)) as response:
         assert response.status == 429
         assert int(response.headers["retry-after"]) > 20
