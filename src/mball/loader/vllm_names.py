@@ -3,6 +3,12 @@
 SLEEP_ENVIRONMENT = "MBALL_VLLM_SLEEP"
 """Set to 1 for engines that MBALL starts: elsewhere vLLM keeps the sleep mode that it has."""
 
+FORK_ENVIRONMENT = "MBALL_VLLM_FORK"
+"""Set to 1 where vLLM's engine is to be forked from its server on the CPU, too."""
+
+SERVER_ENVIRONMENT = "MBALL_VLLM_SERVER_AT"
+"""When vLLM's server had been imported, by the monotonic clock; set by its process for those of its engine."""
+
 CPU_WORKER = "mball.memory.vllm_cpu.SleepingCpuWorker"
 """For vLLM's option `worker_cls` on the CPU."""
 

@@ -101,7 +101,8 @@ class Manager:
             self._models, self._images, self.events, gauge or Gauge(), self._settings, self._wake
         )
         zygotes = {tuple(command_for(spec)): line for spec in models if (line := zygote_for(spec)) is not None}
-        self._nursery = Nursery(zygotes, self._settings, runs_dir, self._log_dir)
+        paths = {tuple(command_for(s)): s.environment["PYTHONPATH"] for s in models if "PYTHONPATH" in s.environment}
+        self._nursery = Nursery(zygotes, self._settings, runs_dir, self._log_dir, paths)
         self._devices.settle(
             [
                 Slot(

@@ -22,6 +22,7 @@ from mball.memory.settings import Settings
 from mball.memory.zygote import NotForked, Zygote
 
 _log = structlog.get_logger(__name__)
+_PATH = "PYTHONPATH"
 _READS_ONLY = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 """For a zygote: whether there is a GPU is found out without beginning CUDA, which no fork survives."""
 
@@ -29,14 +30,21 @@ _READS_ONLY = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 class Nursery:
     """Makes this process a child subreaper: what a worker leaves behind becomes its child, and is ended.
 
-    `zygotes`: by the command that starts a worker afresh, the command of the zygote that can fork it. `runs_dir` holds
-    the records of this user's runs (None: where they belong). `workers`: the models of those that live, by pid.
+    `zygotes`: by the command that starts a worker afresh, the command of the zygote that can fork it, and `paths` the
+    PYTHONPATH of those that have one of their own. `runs_dir` holds the records of this user's runs (None: where they
+    belong). `workers`: the models of those that live, by pid.
     """
 
     def __init__(
-        self, zygotes: Mapping[tuple[str, ...], Sequence[str]], settings: Settings, runs_dir: Path | None, log_dir: Path
+        self,
+        zygotes: Mapping[tuple[str, ...], Sequence[str]],
+        settings: Settings,
+        runs_dir: Path | None,
+        log_dir: Path,
+        paths: Mapping[tuple[str, ...], str] | None = None,
     ) -> None:
         self._commands = zygotes if settings.zygote else {}
+        self._paths = paths or {}
         self._settings = settings
         self._runs_dir = runs_dir
         self._log_dir = log_dir
@@ -65,7 +73,7 @@ class Nursery:
         for number, (command, line) in enumerate(self._commands.items()):
             self._zygotes[command] = Zygote(
                 line,
-                {**base_environment(1), **_READS_ONLY, **mark},
+                {**base_environment(1), **_READS_ONLY, **mark, **self._path(command)},
                 self._log_dir / f"zygote-{number}.log",
                 settings,
                 self._know,
@@ -128,6 +136,9 @@ class Nursery:
             return None
         self._warned.discard(zygote)
         return Child.adopted(pid, sweep_s=self._settings.kill_s)
+
+    def _path(self, command: tuple[str, ...]) -> dict[str, str]:
+        return {_PATH: self._paths[command]} if command in self._paths else {}
 
     def _know(self, child: Child) -> None:
         self._children[child.pid] = child

@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ class Hello:
     """What a worker says once it listens. Bytes: its idle private memory, and what it will want on the device.
 
     Of its weights it could do without `layer_bytes`, streamed instead. `resident`: it is on the device already.
-    `image_key` names its image by its content (None: it can't be loaded from the swap store).
+    `image_key` names its image by its content (None: it can't be loaded from the swap store). `stages`: where its
+    start went, in seconds.
     """
 
     baseline_bytes: int
@@ -44,6 +45,7 @@ class Hello:
     resident: bool = False
     image_key: bytes | None = None
     layer_bytes: int = 0
+    stages: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, message: Mapping[str, Any]) -> Hello:
@@ -57,6 +59,7 @@ class Hello:
             resident=message.get("resident") is True,
             image_key=None if key is None else bytes.fromhex(key),
             layer_bytes=int(message.get("layer_bytes", 0)),
+            stages={str(name): float(seconds) for name, seconds in message.get("stages", {}).items()},
         )
 
 

@@ -29,7 +29,7 @@ from mball.memory.images import Images
 from mball.memory.launch import Launch
 from mball.memory.ledger import Ledger
 from mball.memory.model import Model
-from mball.memory.process import WorkerProcess
+from mball.memory.process import Hello, WorkerProcess
 from mball.memory.settings import Settings
 from mball.memory.spec import ModelSpec, WorkerSpec
 from mball.memory.states import Process, Weights
@@ -112,7 +112,7 @@ class Transitions:
                 raise
             took = time.monotonic() - began
             model.figures.start_s.add(took)
-            self._events.record("started", model.name, pid=worker.pid, start_s=round(took, 3))
+            self._events.record("started", model.name, pid=worker.pid, start_s=round(took, 3), **_stages(model.hello))
 
     async def promote(self, model: Model, epoch: int) -> None:
         """Alive → on the device and answering, its door still shut. There is room for it.
@@ -465,3 +465,8 @@ def _alive(model: Model) -> WorkerProcess:
     if model.worker is None or model.state.process is not Process.ALIVE:
         raise WorkerDied(f"{model.name}: its worker is gone")
     return model.worker
+
+
+def _stages(hello: Hello) -> dict[str, Any]:
+    """Where a start went, where its worker says that."""
+    return {"stages": dict(hello.stages)} if hello.stages else {}

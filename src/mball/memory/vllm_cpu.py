@@ -18,7 +18,7 @@ from mball.device import libc
 from mball.loader import vllm_compat
 from mball.memory.engine_image import Vault
 from mball.memory.fingerprint import fingerprints
-from mball.memory.vllm_rpc import Rpc
+from mball.memory.vllm_rpc import STAGES, Rpc
 
 
 class HostRuntime:
@@ -116,3 +116,6 @@ def _whole_pages(tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
 
 def _words(address: int, nbytes: int) -> Tensor:
     return torch.frombuffer((ctypes.c_ubyte * nbytes).from_address(address), dtype=torch.int64)
+
+
+vllm_compat.time_stages(SleepingCpuWorker, STAGES)

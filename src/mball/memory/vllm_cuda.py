@@ -14,7 +14,7 @@ from mball.device.cuda import CudaRuntime, CudaStream
 from mball.loader import vllm_compat
 from mball.memory.engine_image import Vault
 from mball.memory.fingerprint import fingerprints
-from mball.memory.vllm_rpc import Rpc
+from mball.memory.vllm_rpc import STAGES, Rpc
 from mball.memory.vllm_sleeper import Sleeper, mapped
 
 
@@ -116,3 +116,7 @@ class _Words:
 
 def _words(address: int, nbytes: int, device: torch.device) -> Tensor:
     return torch.as_tensor(_Words(address, nbytes), device=device)
+
+
+# Imported by the worker's process, once its class is known and before it is asked for anything.
+vllm_compat.time_stages(vllm_compat.gpu_worker(), STAGES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from mball.loader.vllm_names import (
     KV_IDENTITY_ENVIRONMENT,
     KV_TIER,
     LOAD_FORMAT,
-    SERVER,
     SLEEP_ENVIRONMENT,
     TENANT_MIDDLEWARE,
 )
@@ -106,13 +104,8 @@ def engine_id(spec: WorkerSpec) -> str:
     return f"mball-{hashlib.sha256(spec.socket_path.encode()).hexdigest()[:16]}"
 
 
-def command(spec: WorkerSpec, kv_bytes: int) -> list[str]:
-    """What starts the server in this interpreter. Options that are not given are vLLM's to choose."""
-    return [sys.executable, "-m", SERVER, *arguments(spec, kv_bytes)]
-
-
 def arguments(spec: WorkerSpec, kv_bytes: int) -> list[str]:
-    """vLLM's options. Raises ConfigError."""
+    """vLLM's options; those that are not given are its own to choose. Raises ConfigError."""
     check_engine_args(spec.engine_args)
     check_kv(spec.kv_arena_bytes, spec.engine_args)
     options: dict[str, Any] = {

@@ -12,11 +12,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from mball.errors import SwapMiss
 from mball.loader import vllm_compat
+from mball.loader.vllm_names import SERVER_ENVIRONMENT
 from mball.memory.engine_stored import stored
 from mball.memory.fingerprint import fingerprint_of
 
 if TYPE_CHECKING:
     from mball.memory.engine_image import Vault
+
+
+STAGES: dict[str, tuple[float, float]] = {}
+"""When each of `vllm_compat.STAGES` began and ended in this process, by the monotonic clock."""
 
 
 class Process(Protocol):
@@ -72,6 +77,10 @@ class Rpc:
         reload of the weights makes is kept."""
         buffers = [tensor.untyped_storage().data_ptr() for tensor in vllm_compat.model_of(self).buffers()]
         return {"lost": self.mball_vault().drop(buffers)}
+
+    def mball_stages(self) -> dict[str, Any]:
+        """How this process came up; `server_at`: when the server's process had been imported."""
+        return {"stages": STAGES, "server_at": float(os.environ.get(SERVER_ENVIRONMENT, "nan"))}
 
     def mball_fingerprint(self) -> dict[str, Any]:
         """Of the parameters, which are there."""

@@ -6,12 +6,8 @@ import os
 from collections import deque
 from pathlib import Path
 
-import structlog
-
 _TAIL_LINES = 20
 _TAIL_BYTES = 8192
-
-_log = structlog.get_logger(__name__)
 
 
 def log_path(folder: Path, model: str) -> Path:
@@ -30,7 +26,12 @@ def open_log(path: Path, *, limit_bytes: int = 0, flags: int = os.O_APPEND) -> i
             path.replace(path.with_name(path.name + ".1"))
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flags, 0o600)
     except OSError as error:
-        _log.warning("no log: why a worker failed will not be known", file=str(path), reason=error.strerror)
+        # Here alone: a zygote of an engine's own interpreter has none.
+        import structlog
+
+        structlog.get_logger(__name__).warning(
+            "no log: why a worker failed will not be known", file=str(path), reason=error.strerror
+        )
         return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
 

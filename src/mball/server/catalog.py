@@ -161,5 +161,7 @@ def _command(spec: ModelSpec) -> list[str]:
     return [sys.executable, "-m", "mball.server.worker"]
 
 
-def _zygote(spec: ModelSpec) -> list[str] | None:
-    return None if spec.worker.engine == "vllm" else [sys.executable, "-m", "mball.server.worker.zygote"]
+def _zygote(spec: ModelSpec) -> list[str]:
+    if spec.worker.engine == "vllm":
+        return [spec.worker.engine_python or sys.executable, "-m", "mball.server.worker.vllm_zygote"]
+    return [sys.executable, "-m", "mball.server.worker.zygote"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
+import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -17,7 +19,10 @@ import pytest
 from mball.device import memfd, proc
 from mball.device.cpu import CpuDevice
 from mball.errors import VerbFailed, WorkerNotStarted
+from mball.memory import launch
 from mball.memory.events import Events
+from mball.memory.launch import Launch
+from mball.memory.nursery import Nursery
 from mball.memory.process import Hello, WorkerProcess
 from mball.memory.settings import Settings
 from mball.memory.spec import WorkerSpec
@@ -35,6 +40,7 @@ from tests.vllm_python import vllm_python
 WEIGHTS_BYTES = 256 * MiB
 KV_BYTES = 96 * MiB
 PROMPT = "The capital of France is"
+SETTINGS = Settings(start_s=400, verb_s=20)
 
 
 def spec_in(folder: Path, **options: Any) -> WorkerSpec:
@@ -50,14 +56,17 @@ def spec_in(folder: Path, **options: Any) -> WorkerSpec:
     )
 
 
-async def started(folder: Path, spec: WorkerSpec, python: Path | None = None) -> tuple[WorkerProcess, Hello]:
+async def started(
+    folder: Path, spec: WorkerSpec, python: Path | None = None, launch: Launch = launch.fresh
+) -> tuple[WorkerProcess, Hello]:
     path = {"PYTHONPATH": search_path(folder / "path")}
     return await WorkerProcess.start(
         [str(python or vllm_python()), "-m", "mball.server.worker.vllm_process"],
         spec,
         extra_environment=path,
         log=folder / "vllm.log",
-        settings=Settings(start_s=400),
+        settings=SETTINGS,
+        launch=launch,
     )
 
 
@@ -65,6 +74,12 @@ async def started(folder: Path, spec: WorkerSpec, python: Path | None = None) ->
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vllm_python()
     return tmp_path_factory.mktemp("vllm")
+
+
+@pytest.fixture(scope="module")
+def fresh() -> dict[str, Any]:
+    """Of a worker that was started afresh: what it said (`text`), and where its start went (`stages`)."""
+    return {}
 
 
 async def text_of(socket_path: str) -> tuple[str, list[float]]:
@@ -80,7 +95,7 @@ async def text_of(socket_path: str) -> tuple[str, list[float]]:
     return choice["text"], choice["logprobs"]["token_logprobs"]
 
 
-async def test_its_life(folder: Path) -> None:
+async def test_its_life(folder: Path, fresh: dict[str, Any]) -> None:
     """One start for all: it takes half a minute."""
     spec, device = spec_in(folder), CpuDevice()
     worker, hello = await started(folder, spec)
@@ -97,6 +112,7 @@ async def test_its_life(folder: Path) -> None:
         assert (await worker.call("canary", deadline_s=60))["ok"]
         before = await text_of(spec.socket_path)
         assert "Paris" in before[0]
+        fresh |= {"text": before, "stages": hello.stages}
 
         # Nobody else's: what /sleep and /collective_rpc are reached by.
         assert Path(spec.socket_path).stat().st_mode & 0o077 == 0
@@ -132,9 +148,42 @@ async def test_its_life(folder: Path) -> None:
         family = proc.family(worker.pid)
         assert len(family) > 2
     finally:
-        await worker.stop(Settings(verb_s=20))
+        await worker.stop(SETTINGS)
     assert worker.exit_code == 0
     assert [pid for pid in family if proc.start_ticks(pid) is not None] == []
+
+
+async def test_a_forked_worker_says_what_a_fresh_one_does_and_a_dead_zygote_is_replaced(
+    folder: Path, tmp_path: Path, fresh: dict[str, Any]
+) -> None:
+    if not fresh:
+        pytest.skip("it is compared with what the test of a worker's life found")
+    command = (str(vllm_python()), "-m", "mball.server.worker.vllm_process")
+    line, path = [command[0], "-m", "mball.server.worker.vllm_zygote"], search_path(folder / "path")
+    nursery = Nursery({command: line}, SETTINGS, tmp_path, tmp_path, {command: path})
+    await nursery.open()
+    try:
+        spec = replace(spec_in(folder), socket_path=str(folder / "forked.sock"))
+        worker, hello = await started(folder, spec, launch=nursery.launch)
+        try:
+            assert Path(f"/proc/{worker.pid}/cmdline").read_text().startswith("mball.server.worker")
+            assert await text_of(spec.socket_path) == fresh["text"]
+            assert hello.stages["import_s"] < 0.5 * fresh["stages"]["import_s"]
+            assert hello.stages["ready_s"] < fresh["stages"]["ready_s"]
+            await worker.call("demote", deadline_s=60, epoch=1)
+            await worker.call("promote", deadline_s=120, epoch=1)
+            assert await text_of(spec.socket_path) == fresh["text"]
+            family = proc.family(worker.pid)
+        finally:
+            await worker.stop(SETTINGS)
+        assert [pid for pid in family if proc.start_ticks(pid) is not None] == []
+        (zygote,) = nursery.pids()
+        os.kill(zygote, signal.SIGKILL)
+        async with asyncio.timeout(SETTINGS.start_s):
+            while not [pid for pid in nursery.pids() if pid != zygote]:  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.1)
+    finally:
+        await nursery.close()
 
 
 async def from_the_store(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -28,7 +29,9 @@ from mball.memory.estimate import estimate
 from mball.memory.spec import WorkerSpec
 from mball.server.worker.manners import stopped_by_signals
 from mball.server.worker.vllm_door import Door
+from mball.server.worker.vllm_forked import Server, Start, fresh
 from mball.server.worker.vllm_http import VllmClient
+from mball.server.worker.vllm_start import start_stages
 from mball.server.worker.vllm_verbs import VllmVerbs, describe, fingerprints, private_bytes
 from mball.swap.place import digest
 from mball.units import format_bytes
@@ -51,14 +54,14 @@ def main() -> int:
     return asyncio.run(run(arguments.control_fd, arguments.spec))
 
 
-async def run(control_fd: int, spec: WorkerSpec) -> int:
+async def run(control_fd: int, spec: WorkerSpec, start: Start = fresh) -> int:
     """The exit code: 0 after a stop, 1 where the server did not start or ended by itself."""
     stopping = asyncio.Event()
     channel = control.Channel(socket.socket(fileno=control_fd))
     with stopped_by_signals(stopping), contextlib.closing(channel):
         try:
             vllm_compat.check_version()
-            command = vllm_options.command(spec, kv_bytes(spec))
+            arguments = vllm_options.arguments(spec, kv_bytes(spec))
             environment = await asyncio.to_thread(_environment, spec)
         except MballError as error:
             with contextlib.suppress(control.ChannelClosed):
@@ -67,9 +70,9 @@ async def run(control_fd: int, spec: WorkerSpec) -> int:
         asker = control.Asker(channel)
         door = Door(vllm_options.kv_socket(spec), asker) if vllm_options.keeps_kv(spec) else None
         try:
-            server = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)  # noqa: ASYNC220
+            began, server = time.monotonic(), start(arguments, environment)
             try:
-                return await _serve(server, spec, channel, asker, door, stopping)
+                return await _serve(server, began, spec, channel, asker, door, stopping)
             finally:
                 await asyncio.to_thread(_end, server)
         finally:
@@ -88,10 +91,21 @@ def kv_bytes(spec: WorkerSpec) -> int:
 
 
 def _environment(spec: WorkerSpec) -> dict[str, str]:
+    inherited = dict(os.environ)
+    if (home := inherited.get("HOME")) is not None:
+        inherited.setdefault("VLLM_CACHE_ROOT", str(cache_folder(spec, Path(home))))
     if not vllm_options.keeps_kv(spec):
-        return vllm_options.environment(os.environ)
+        return vllm_options.environment(inherited)
     _check_room(spec)
-    return vllm_options.environment(os.environ, vllm_options.kv_socket(spec), kv_identity(spec))
+    return vllm_options.environment(inherited, vllm_options.kv_socket(spec), kv_identity(spec))
+
+
+def cache_folder(spec: WorkerSpec, home: Path) -> Path:
+    """Where vLLM keeps what it has compiled, for each of its versions and for each model: so that it goes with them.
+    vLLM's own keys say what of it is still right."""
+    plain = "".join(c if c.isalnum() or c in "-._" else "_" for c in Path(spec.path).name)
+    named = f"{plain}-{hashlib.sha256(os.fsencode(Path(spec.path).resolve())).hexdigest()[:12]}"
+    return home / ".cache" / "mball" / "vllm" / vllm_compat.version() / named
 
 
 def kv_identity(spec: WorkerSpec) -> str:
@@ -121,7 +135,8 @@ def _unlink_rows(spec: WorkerSpec) -> None:
 
 
 async def _serve(
-    server: subprocess.Popen[bytes],
+    server: Server,
+    began: float,
     spec: WorkerSpec,
     channel: control.Channel,
     asker: control.Asker,
@@ -131,7 +146,7 @@ async def _serve(
     client = VllmClient(spec.socket_path)
     ended = asyncio.create_task(asyncio.to_thread(server.wait), name="server")
     stop = asyncio.create_task(stopping.wait(), name="stop")
-    manager = asyncio.create_task(_answer(client, spec, channel, asker, door, stopping), name="control")
+    manager = asyncio.create_task(_answer(client, began, spec, channel, asker, door, stopping), name="control")
     await asyncio.wait({ended, stop, manager}, return_when=asyncio.FIRST_COMPLETED)
     crashed = ended.done() and not stopping.is_set()
     failed = manager.exception() if manager.done() else None
@@ -147,6 +162,7 @@ async def _serve(
 
 async def _answer(
     client: VllmClient,
+    began: float,
     spec: WorkerSpec,
     channel: control.Channel,
     asker: control.Asker,
@@ -155,7 +171,10 @@ async def _answer(
 ) -> None:
     """Says hello once the engine answers; returns when the manager's end closes. Raises TransitionError."""
     await _until_healthy(client)
+    healthy = time.monotonic()
     _unlink_rows(spec)
+    stages = await start_stages(client, began, healthy)
+    sys.stderr.write(json.dumps({"event": "vllm started", "model": spec.model, **stages}) + "\n")
     awake, loaded = await describe(client), await fingerprints(client)
     held = awake.weights_bytes + awake.kv_bytes if awake.free_bytes is None else 0
     with contextlib.suppress(control.ChannelClosed):
@@ -164,6 +183,7 @@ async def _answer(
                 "event": "hello",
                 "pid": os.getpid(),
                 "resident": True,
+                "stages": stages,
                 "baseline_bytes": max(0, await private_bytes(client) - held),
                 "weights_bytes": awake.weights_bytes,
                 "kv_bytes": awake.kv_bytes,
@@ -188,7 +208,7 @@ async def _until_healthy(client: VllmClient) -> None:
         await asyncio.sleep(_POLL_S)
 
 
-def _end(server: subprocess.Popen[bytes]) -> None:
+def _end(server: Server) -> None:
     """TERM, then KILL. Its own children end with it, or with this process's group."""
     for end, deadline_s in ((server.terminate, _TERM_S), (server.kill, _KILL_S)):
         if server.poll() is not None:

@@ -13,12 +13,13 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mball.device import prctl
-from mball.errors import TransitionError
+from mball.errors import MballError, TransitionError
 from mball.memory.control import MESSAGE_BYTES
 from mball.memory.spec import WorkerSpec
 from mball.memory.worker_log import open_log
@@ -36,17 +37,27 @@ class Work:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="mball.server.worker.zygote", description=__doc__)
+    return run("mball.server.worker.zygote", imports.import_all, _work)
+
+
+def run(module: str, import_all: Callable[[], None], work: Callable[[Work], int]) -> int:
+    """The exit code, of the zygote or of a worker. `module` is what the zygote was run as, `import_all` what it does
+    once for the workers, each of which does its `work`."""
+    parser = argparse.ArgumentParser(prog=module)
     parser.add_argument("--control-fd", type=int, required=True, help="the zygote's end of the control channel")
     # Room for the command line that a worker shows, which can't grow.
     parser.add_argument("--room", default="", help=argparse.SUPPRESS)
     sock = socket.socket(fileno=parser.parse_args().control_fd)
     prctl.die_with_parent()
-    imports.import_all()
+    try:
+        import_all()
+    except (MballError, ImportError) as error:
+        _say(sock, {"event": "failed", "error": f"its imports failed: {error}"})
+        return 1
     if not greet(sock):
         return 1
-    work = attend(sock)
-    return 0 if work is None else _work(work)
+    given = attend(sock)
+    return 0 if given is None else work(given)
 
 
 def greet(sock: socket.socket) -> bool:
