@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import anthropic
+import httpx2 as httpx
 import openai
 import pytest
 
@@ -70,6 +75,34 @@ async def test_async_clients_share_a_batch(server: Running) -> None:
 
         answers = await asyncio.gather(*(one(seed) for seed in (1, 2, 3, 4)))
     assert len(set(answers)) > 1
+
+
+def test_responses_messages_and_json_of_a_schema(server: Running, client: openai.OpenAI) -> None:
+    """One model by three APIs, through the gateway, which counts what each took."""
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "number", "schema": schema}}
+    kept = client.chat.completions.create(model=MODEL, messages=HELLO, response_format=form, max_tokens=40)
+    assert json.loads(kept.choices[0].message.content or "") in ({"n": 1}, {"n": 2})
+    answer = client.responses.create(model=MODEL, input="Say hello.", max_output_tokens=4)
+    assert answer.output_text
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=300) as claude:
+        before = _generated(server)
+        with claude.messages.stream(model=MODEL, messages=HELLO, max_tokens=4) as stream:
+            message = stream.get_final_message()
+        assert message.stop_reason == "max_tokens"
+        assert claude.messages.count_tokens(model=MODEL, messages=HELLO).input_tokens > 2
+        with pytest.raises(anthropic.NotFoundError):
+            claude.messages.create(model="other", messages=HELLO, max_tokens=1)
+    deadline = time.monotonic() + 30
+    while _generated(server) < before + 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _generated(server: Running) -> float:
+    text = httpx.get(f"{server.url}/metrics").text
+    found = re.search(rf'mball:generation_tokens_total{{model_name="{MODEL}"}} ([0-9.]+)', text)
+    return 0.0 if found is None else float(found[1])
 
 
 def test_completions_and_logprobs(client: openai.OpenAI) -> None:

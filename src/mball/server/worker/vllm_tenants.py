@@ -6,6 +6,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from mball.loader import vllm_compat
 from mball.server.tenants import HEADER, salted
 
 _Message = MutableMapping[str, Any]
@@ -17,16 +18,21 @@ _PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages", "
 
 
 class TenantSalt:
-    """ASGI. The gateway has bounded the body, and read it as an object already."""
+    """ASGI. The gateway has bounded the body, and read it as an object already. A path whose requests take no salt in
+    this version of vLLM is not for tenants: they would share KV."""
 
-    def __init__(self, app: _App) -> None:
+    def __init__(self, app: _App, takes_salt: Callable[[str], bool] = vllm_compat.takes_salt) -> None:
         self._app = app
+        self._takes_salt = takes_salt
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         given = dict(scope.get("headers", ()))
         tenant = given.get(HEADER.encode(), b"").decode("latin-1")
         if scope["type"] != "http" or scope["path"] not in _PATHS or not tenant:
             await self._app(scope, receive, send)
+            return
+        if not self._takes_salt(scope["path"]):
+            await _refuse(scope["path"], send)
             return
         body = bytearray()
         more = True
@@ -45,6 +51,15 @@ class TenantSalt:
             return left.pop() if left else await receive()
 
         await self._app(scope, again, send)
+
+
+async def _refuse(path: str, send: _Send) -> None:
+    told = f"{path}: this version of vLLM can't keep the KV of different API keys apart there; use /v1/chat/completions"
+    error = {"message": told, "type": "invalid_request_error", "param": None, "code": "unsupported_endpoint"}
+    body = json.dumps({"type": "error", "error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _with_salt(body: bytes, tenant: str) -> bytes:
