@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -30,4 +31,6 @@ def test_it_ends_with_the_process_that_started_it_even_if_that_is_killed(tmp_pat
             parent.send_signal(signal.SIGKILL)
             assert select.select([server], [], [], 60)[0]
         finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(server, signal.SIGKILL)
             os.close(server)

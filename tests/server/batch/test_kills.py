@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import random
-import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,6 +17,7 @@ from mball.server.batch.answers import NotWritten
 from mball.server.batch.run import run_batch
 from tests.fake_worker import Knobs
 from tests.memory.conftest import model
+from tests.server.forking import forking
 from tests.server.gateway.conftest import Start, device, gateway, runtime_dir
 from tests.small_disk import fill
 
@@ -56,42 +56,21 @@ async def test_killed_twenty_times_the_output_is_complete_and_no_line_is_there_t
     running = await gateway(model("a"), model("b"))
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     put(source, LINES, "ab")
-    with (tmp_path / "log").open("wb") as log:
-        forks = await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(Path(__file__).with_name("forks.py")),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=log,
-        )
-    told, said = forks.stdin, forks.stdout
-    assert told is not None
-    assert said is not None
     arguments = ["batch", "-i", str(source), "-o", str(target), "--url", running.url]
 
     def written() -> int:
         return target.stat().st_size if target.exists() else 0
 
-    async def begin() -> int:
-        told.write(json.dumps(arguments).encode() + b"\n")
-        return int(await said.readline())
-
-    async with asyncio.timeout(300):
-        kills = 0
+    async with asyncio.timeout(300), forking("tests.server.batch.forks", log=tmp_path / "log") as forks:
         for _ in range(KILLS):
-            pid = await begin()
+            pid = await forks.begin(json.dumps(arguments))
             # Of some 700 bytes a line: all the kills fit into what is to be written.
-            until = written() + chance.randrange(LINES * 500 // KILLS)
-            await running.until(lambda until=until: written() > until)  # type: ignore[misc]
+            enough = written() + chance.randrange(LINES * 500 // KILLS)
+            await running.until(lambda enough=enough: written() > enough)  # type: ignore[misc]
             await asyncio.sleep(chance.random() * 0.01)
-            os.kill(pid, signal.SIGKILL)
-            kills += int(await said.readline()) == -signal.SIGKILL
-        assert kills == KILLS
-        await begin()
-        code = int(await said.readline())
-        told.close()
-        await forks.wait()
-    assert code == 0, (tmp_path / "log").read_text()
+            await forks.kill(pid)
+        await forks.begin(json.dumps(arguments))
+        assert await forks.code() == 0, (tmp_path / "log").read_text()
     check(target, LINES, "ab")
     assert not target.with_name("out.jsonl.errors").exists()
     # Each model was brought in once, whatever was killed.

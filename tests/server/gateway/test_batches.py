@@ -109,6 +109,14 @@ async def test_the_openai_client_has_a_batch_answered(gateway: Start, tmp_path: 
     assert [running.state(name)["promotions"] for name in "ab"] == [1, 1]
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings", "/v1/responses"])
+async def test_other_endpoints_have_batches_too(gateway: Start, tmp_path: Path, path: str) -> None:
+    running = await gateway(model("a"), files={"path": tmp_path / "files"})
+    lines = [line(n, "a", url=path, body={"input": ["x"], "prompt": "x"}) for n in range(3)]
+    batch = await until(running, await create(running, lines, endpoint=path))
+    assert await each_once(running, batch, 3) == (3, 0)
+
+
 @pytest.mark.parametrize(
     ("lines", "code", "number"),
     [

@@ -13,7 +13,7 @@ from typing import Any
 from mball.errors import ConfigError, InvalidRequest, MballError
 from mball.server.http import parse_object
 
-ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"})
 
 
 class BadLine(MballError):

@@ -184,5 +184,7 @@ def _tokens(body: Any) -> int:
     usage = body.get("usage") if isinstance(body, dict) else None
     if not isinstance(usage, dict):
         return 0
-    counted = usage.get("completion_tokens", usage.get("total_tokens", 0))
-    return counted if isinstance(counted, int) else 0
+    for name in ("completion_tokens", "output_tokens", "total_tokens"):
+        if isinstance(counted := usage.get(name), int):
+            return counted
+    return 0
