@@ -41,7 +41,7 @@ def main() -> None:
     configure_logging()
     limits = LimitsConfig(max_in_flight=_OPEN, requests_per_minute=10**9)
     others = [KeyConfig(name=f"other-{n}", sha256=hashlib.sha256(b"%d" % n).hexdigest()) for n in range(9)]
-    mine = KeyConfig(name="bench", sha256=hashlib.sha256(arguments.key.encode()).hexdigest(), limits=limits)
+    mine = KeyConfig(name="bench", admin=True, sha256=hashlib.sha256(arguments.key.encode()).hexdigest(), limits=limits)
     config = Config(api_keys=(*others, mine), runtime_dir=arguments.folder / "run", drain_timeout_s=1)
     serve(
         config, socket.socket(fileno=arguments.fd), build=lambda _, runtime_dir: _manager(arguments.folder, runtime_dir)

@@ -74,7 +74,10 @@ class Worker(asyncio.Protocol):
         self._parser.feed_data(data)
 
     def on_message_begin(self) -> None:
-        self._body = b""
+        self._url = self._body = b""
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
 
     def on_body(self, body: bytes) -> None:
         self._body += body
@@ -82,6 +85,8 @@ class Worker(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if not self._body:
             self._transport.write(_READY)
+        elif not self._url.endswith(b"completions"):
+            self._transport.write(_WHOLE)
         elif b'"stream": true' in self._body or b'"stream":true' in self._body:
             found = _WANTED.search(self._body)
             chunks, pace_ms = (int(found[1]), int(found[2])) if found else (64, 0)

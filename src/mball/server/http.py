@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Coroutine
 from http import HTTPStatus
@@ -24,6 +25,7 @@ from mball.units import format_bytes
 _log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
 _MAX_QUOTED = 2000
+_PARAMETER = re.compile(r"\{[^}]*\}")
 
 ANTHROPIC_PATH = "/v1/messages"
 RESPONSES_PATH = "/v1/responses"
@@ -161,10 +163,24 @@ async def on_mball_error(request: Request, error: Exception) -> JSONResponse:
 async def on_http_error(request: Request, error: Exception) -> JSONResponse:
     """404 and 405 of the router."""
     status = error.status_code if isinstance(error, HTTPException) else 500
-    headers = error.headers if isinstance(error, HTTPException) else None
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    if status == HTTPStatus.METHOD_NOT_ALLOWED and (methods := _allowed(request)):
+        headers = {"allow": ", ".join(methods)}
     what = HTTPStatus(status).phrase.lower()
     body = error_body(InvalidRequest(f"{request.method} {request.url.path}: {what}"))
     return JSONResponse(body, status_code=status, headers=headers)
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of a path, each of which has a route of its own; of the described paths that match, those of the most
+    literal."""
+    paths: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
+    found = [(len("".join(parts)), path) for path in paths if _fits(request.url.path, parts := _PARAMETER.split(path))]
+    return sorted(method.upper() for method in paths[max(found)[1]]) if found else []
+
+
+def _fits(path: str, parts: list[str]) -> bool:
+    return re.fullmatch(".+".join(map(re.escape, parts)), path) is not None
 
 
 async def on_invalid(_: Request, error: Exception) -> JSONResponse:

@@ -21,11 +21,12 @@ from mball.server import http
 from mball.server.catalog import state_dir
 from mball.server.config import Config
 from mball.server.gateway import admin, batches, files, logs, ui
-from mball.server.gateway.access import Access, Key
+from mball.server.gateway.access import PUBLIC_PATHS, Access, Key
 from mball.server.gateway.batches_ask import Forwarding, Gateway
 from mball.server.gateway.files_open import Storage
 from mball.server.gateway.live import Live
 from mball.server.gateway.metrics import CONTENT_TYPE, Metrics
+from mball.server.gateway.openapi import describe
 from mball.server.gateway.proxy import Forward
 from mball.server.gateway.request_ids import RequestIds
 from mball.server.gateway.requests import Call, read_call
@@ -86,6 +87,7 @@ def create_app(manager: Manager, config: Config, live: Live | None = None, *, ad
     app.include_router(logs.router(manager))
     app.include_router(admin.router(manager))
     app.include_router(ui.router())
+    describe(app, FORWARDED_PATHS, PUBLIC_PATHS)
     app.add_middleware(Shortcut, paths=FORWARDED_PATHS, endpoint=forward)
     app.add_middleware(Access, keys=live.keys, admin_port=admin_port)
     app.add_middleware(RequestIds)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from mball.server.run import running_server
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / ".demo" / "models"
+HERE = Path(__file__).parent
+TIMEOUT_S = 1800
+
+
+def commands(venv: Path, url: str, model: str, results: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """A name, the file that must be there for it, and what to run."""
+    python = str(venv / "bin" / "python")
+    for client in ("anthropic", "litellm"):
+        script = str(HERE / f"client_{client}.py")
+        yield client, str(next(venv.glob(f"lib/python*/site-packages/{client}"), client)), [python, script, url, model]
+    comply = str(venv / "bin" / "llm-comply")
+    yield (
+        "llm-comply, openai-chat",
+        comply,
+        [comply, "--format", "openai-chat", "-u", f"{url}/v1", "-k", "none", "-m", model],
+    )
+    lm_eval = str(venv / "bin" / "lm_eval")
+    of_model = (
+        f"model={model},base_url={url}/v1/chat/completions,num_concurrent=4,max_retries=1,tokenized_requests=False"
+    )
+    task = ["--tasks", "mball_local", "--include_path", str(HERE), "--apply_chat_template", "--limit", "4"]
+    arguments = ["--model", "local-chat-completions", "--model_args", of_model, *task, "--output_path", str(results)]
+    yield "lm-eval, local-chat-completions", lm_eval, [lm_eval, *arguments]
+
+
+def main(venv: Path) -> int:
+    subprocess.run([sys.executable, "-m", "mball", "models", "prepare-demo", str(MODELS)], check=True, timeout=900)
+    folder = next(path for path in sorted(MODELS.iterdir()) if "smollm2" in path.name.lower())
+    failed = []
+    with tempfile.TemporaryDirectory() as results, running_server([str(folder)], log=Path(results) / "log") as server:
+        for name, needed, command in commands(venv, server.url, folder.name, Path(results)):
+            if not Path(needed).exists():
+                sys.stdout.write(f"{name}: skipped, it is not installed\n")
+                continue
+            ran = subprocess.run(
+                command,
+                cwd=HERE,
+                timeout=TIMEOUT_S,
+                check=False,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            sys.stdout.write(f"{name}: {'passed' if ran.returncode == 0 else 'FAILED'}\n")
+            if ran.returncode != 0:
+                failed.append(name)
+                sys.stdout.write(ran.stdout[-6000:] + "\n")
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]).absolute()))
