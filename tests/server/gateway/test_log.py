@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 
 import aiohttp
@@ -25,7 +26,7 @@ async def test_a_models_log_as_it_is_written(gateway: Start) -> None:
     stream = f"{running.url}/mball/v1/models/a/log/stream"
     async with running.http.get(f"{running.url}/mball/v1/models/c/log/stream") as response:
         assert response.status == 404
-    async with running.http.get(stream) as response:
+    async with asyncio.timeout(60), running.http.get(stream) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         await running.manager.load("a")
         assert await next_line(response) == "fake worker a, started"
