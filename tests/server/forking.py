@@ -44,6 +44,12 @@ class Forks:
         """The exit code of the one that was begun, once it has ended."""
         return int(await self._says.readline())
 
+    async def stop(self, pid: int) -> None:
+        """As an operator does. Raises ValueError where it did not end well."""
+        os.kill(pid, signal.SIGTERM)
+        if (code := await self.code()) not in (0, -signal.SIGTERM):
+            raise ValueError(f"it ended with {code}")
+
     async def kill(self, pid: int) -> None:
         """Raises ValueError where it had ended before."""
         os.kill(pid, signal.SIGKILL)

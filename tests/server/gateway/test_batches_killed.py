@@ -20,9 +20,11 @@ __all__ = ["runtime_dir"]
 
 LINES = 600
 KILLS = 6
+STOPS = (2, 5)
+"""Of these the ones that are told to end, in the middle too."""
 
 
-async def test_killed_at_random_no_line_is_lost_or_there_twice(
+async def test_killed_or_stopped_at_random_no_line_is_lost_or_there_twice(
     tmp_path: Path, runtime_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seed = random.randrange(1 << 32)
@@ -48,7 +50,7 @@ async def test_killed_at_random_no_line_is_lost_or_there_twice(
                     running, batch, lambda batch, enough=enough: batch["request_counts"]["completed"] >= enough
                 )  # type: ignore[misc]
                 await asyncio.sleep(chance.random() * 0.01)
-                await forks.kill(pid)
+                await (forks.stop if number in STOPS else forks.kill)(pid)
                 pid = await forks.begin(str(number))
             batch = await until(running, batch)
             assert batch["status"] == "completed"
