@@ -24,6 +24,7 @@ import torch
 
 from mball.device import memfd
 from mball.device.nvml import NvmlDevice
+from mball.memory.nursery import Nursery
 from mball.memory.process import WorkerProcess
 from mball.memory.settings import Settings
 from mball.memory.spec import WorkerSpec
@@ -157,6 +158,50 @@ async def test_its_server_as_a_worker(model: Path, tmp_path: Path) -> None:
     finally:
         await worker.stop(Settings(verb_s=20))
     assert free_bytes - device.free_bytes() < 256 * MiB
+
+
+async def test_a_forked_worker_says_what_a_fresh_one_does(model: Path, tmp_path: Path) -> None:
+    """Its engine begins CUDA after the forks; without `enforce_eager` it compiles and captures, too."""
+    [device, *_] = NvmlDevice.visible()
+    command = (str(vllm_python()), "-m", "mball.server.worker.vllm_process")
+    line, path = [command[0], "-m", "mball.server.worker.vllm_zygote"], search_path(tmp_path / "path")
+    settings = Settings(start_s=500, verb_s=20)
+    said: dict[str, tuple[str, list[float]]] = {}
+    for name, zygotes in (("fresh", {}), ("forked", {command: line})):
+        nursery = Nursery(zygotes, settings, tmp_path, tmp_path, {command: path})
+        await nursery.open()
+        try:
+            spec = WorkerSpec(
+                "m",
+                str(model),
+                socket_path=str(tmp_path / f"{name}.sock"),
+                device=device.name,
+                max_model_len=1024,
+                max_num_seqs=4,
+                kv_cache_bytes=1 * GiB,
+                engine="vllm",
+            )
+            worker, hello = await WorkerProcess.start(
+                command,
+                spec,
+                extra_environment={"PYTHONPATH": path},
+                log=tmp_path / f"{name}.log",
+                settings=settings,
+                launch=nursery.launch,
+            )
+            try:
+                said[name] = await text_of(spec.socket_path)
+                title = Path(f"/proc/{worker.pid}/cmdline").read_text()
+                assert title.startswith("mball.server.worker") == bool(zygotes), (tmp_path / "zygote-0.log").read_text()
+                await worker.call("demote", deadline_s=60, epoch=1)
+                await worker.call("promote", deadline_s=120, epoch=1)
+                assert await text_of(spec.socket_path) == said[name]
+            finally:
+                await worker.stop(settings)
+        finally:
+            await nursery.close()
+        print(json.dumps({name: dict(hello.stages)}))  # noqa: T201
+    assert said["forked"] == said["fresh"]
 
 
 async def test_its_kv_goes_to_the_store_and_comes_back(model: Path, tmp_path: Path) -> None:

@@ -94,9 +94,9 @@ def test_where_there_is_no_vllm_its_zygote_says_so_for_good() -> None:
     ours, theirs = control.pair()
     command = [sys.executable, "-m", "mball.server.worker.vllm_zygote", "--control-fd", str(theirs.fileno())]
     done = subprocess.run(command, pass_fds=[theirs.fileno()], check=False, timeout=120)
+    theirs.close()
     assert done.returncode == 1
     said = json.loads(ours.recv(1 << 16))
     assert said["event"] == "failed"
     assert "has no vLLM: set engine_python" in said["error"]
     ours.close()
-    theirs.close()
