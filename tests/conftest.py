@@ -7,8 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.small_disk import mounted
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Before torch is imported. Its threads spin for each other, which on two busy cores makes a second's work minutes."""
+
+settings.register_profile("mball", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("mball")
 
 
 @pytest.fixture(scope="session", autouse=True)

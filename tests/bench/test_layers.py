@@ -41,7 +41,7 @@ def test_a_small_model(model: Path, tmp_path: Path, source: str) -> None:
     assert "no vLLM in" in str(other.not_run)
     assert (ours.name, ours.not_run) == (MBALL, None)
     assert ours.facts["streamed"] == "4 of 8 layers"
-    assert ours.facts["compared_tokens"] == 32
+    assert 12 < ours.facts["compared_tokens"] <= 32, "more than the steps that warm up, as many as there was time for"
     (measures,) = ours.rounds
     assert ("disk_bytes_s" in measures) == ("bare disk" in console.file.getvalue()) == (source == "disk")  # type: ignore[attr-defined]
     assert measures["bound_s"] >= max(measures["resident_step_s"], measures["streamed_bytes"] / measures["raw_bytes_s"])

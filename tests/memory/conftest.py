@@ -80,7 +80,7 @@ class Running:
             self.pids.add(state["pid"])
         return state
 
-    async def until(self, condition: Callable[[], bool], deadline_s: float = 30.0) -> None:
+    async def until(self, condition: Callable[[], bool], deadline_s: float = 120.0) -> None:
         async with asyncio.timeout(deadline_s):
             while not condition():  # noqa: ASYNC110 - what is waited for has no event
                 await asyncio.sleep(0.005)

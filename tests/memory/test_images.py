@@ -39,7 +39,7 @@ async def test_an_image_is_filled_after_the_first_promotion_and_serves_the_next(
 
 
 async def test_a_model_that_was_demoted_while_its_image_was_filled_rises_to_dram(serve: Serve) -> None:
-    running = await serve(model("a", Knobs(image_s=1.0)), model("b"), dram_bytes=ROOM)
+    running = await serve(model("a", Knobs(image_s=5.0)), model("b"), dram_bytes=ROOM)
     await running.ask("a")
     await running.ask("b")
     assert running.state("a")["shown_as"] == "source"

@@ -72,7 +72,7 @@ def gone(pid: int) -> bool:
     return start_ticks(pid) is None
 
 
-def until(condition: Callable[[], bool], deadline_s: float = 30.0) -> None:
+def until(condition: Callable[[], bool], deadline_s: float = 120.0) -> None:
     deadline = time.monotonic() + deadline_s
     while not condition():
         assert time.monotonic() < deadline

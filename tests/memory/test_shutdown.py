@@ -58,7 +58,7 @@ def workers_of(folder: Path) -> set[int]:
     return found
 
 
-async def until(condition: Callable[[], bool], deadline_s: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], deadline_s: float = 120.0) -> None:
     async with asyncio.timeout(deadline_s):
         while not await asyncio.to_thread(condition):  # noqa: ASYNC110 - /proc has no events
             await asyncio.sleep(0.02)

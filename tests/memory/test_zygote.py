@@ -61,7 +61,7 @@ def is_forked(folder: Path) -> bool:
     return (folder / "m.log").read_text().splitlines()[-1].endswith("forked")
 
 
-async def until(condition: Callable[[], bool], deadline_s: float = 30.0) -> None:
+async def until(condition: Callable[[], bool], deadline_s: float = 120.0) -> None:
     async with asyncio.timeout(deadline_s):
         while not condition():  # noqa: ASYNC110 - /proc has no events
             await asyncio.sleep(0.01)

@@ -44,7 +44,7 @@ class Gateway:
         state: dict[str, Any] = next(m for m in self.manager.snapshot()["models"] if m["name"] == name)
         return state
 
-    async def until(self, condition: Callable[[], bool], deadline_s: float = 30.0) -> None:
+    async def until(self, condition: Callable[[], bool], deadline_s: float = 120.0) -> None:
         async with asyncio.timeout(deadline_s):
             while not condition():  # noqa: ASYNC110 - what is waited for has no event
                 await asyncio.sleep(0.005)
