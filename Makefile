@@ -4,6 +4,8 @@ CONSTRAINTS ?= constraints/cpu.txt
 EXTRAS      ?= test
 VENV        := .venv
 MODELS      ?= .demo/models
+# Modules of tests: most of them wait for processes of theirs.
+TESTS_AT_ONCE ?= 2
 STAMP       := $(VENV)/.installed
 VLLM_VENV   := .venv-vllm
 VLLM_STAMP  := $(VLLM_VENV)/.installed
@@ -44,7 +46,7 @@ check: setup
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" scripts/check
 
 test: check models vllm-if-it-can
-	$(VENV)/bin/pytest --cov --cov-report=term:skip-covered -m "not benchmark"
+	$(VENV)/bin/pytest -n $(TESTS_AT_ONCE) --dist loadscope --cov --cov-report=term:skip-covered -m "not benchmark"
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .demo
