@@ -151,6 +151,11 @@ def test_the_swap_store_of_a_file_lies_beside_it(tmp_path: Path) -> None:
     assert swap_settings(load_config(file)) is None
 
 
+def test_files_of_clients_lie_beside_the_config(tmp_path: Path) -> None:
+    found = load_config(write(tmp_path, "files: {path: kept, max_bytes: 1GiB}")).files
+    assert (found.path, found.max_bytes) == (tmp_path / "kept", 1 << 30)
+
+
 def test_the_swap_store_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MBALL_SWAP__PATH", "/nvme/swap")
     monkeypatch.setenv("MBALL_SWAP__SIZE_BYTES", "3GiB")
