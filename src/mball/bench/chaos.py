@@ -198,7 +198,7 @@ async def _serving(
     )
     config = Config(request_timeout_s=plan.request_s, queue_timeout_s=plan.request_s, drain_timeout_s=5.0)
     socket = str(folder / "gateway.sock")
-    options = {"log_config": None, "access_log": False, "timeout_keep_alive": 600}
+    options: dict[str, Any] = {"log_config": None, "access_log": False, "timeout_keep_alive": 600}
     server = uvicorn.Server(uvicorn.Config(create_app(manager, config), uds=socket, **options))
     serving = asyncio.create_task(server.serve())
     try:
