@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -12,6 +14,18 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / ".demo" / "models"
 HERE = Path(__file__).parent
 TIMEOUT_S = 1800
+_MAX_MODEL_LEN = 512
+"""So that an answer without a bound of its own ends soon."""
+_TEXT_TESTS = (
+    "chat-basic-response",
+    "chat-system-prompt",
+    "chat-multi-turn",
+    "chat-tool-calling",
+    "chat-streaming-response",
+    "chat-streaming-usage",
+    "chat-error-handling",
+)
+"""Of llm-comply: not those of images and of reasoning, which the model does not have."""
 
 
 def commands(venv: Path, url: str, model: str, results: Path) -> Iterator[tuple[str, str, list[str]]]:
@@ -21,11 +35,8 @@ def commands(venv: Path, url: str, model: str, results: Path) -> Iterator[tuple[
         script = str(HERE / f"client_{client}.py")
         yield client, str(next(venv.glob(f"lib/python*/site-packages/{client}"), client)), [python, script, url, model]
     comply = str(venv / "bin" / "llm-comply")
-    yield (
-        "llm-comply, openai-chat",
-        comply,
-        [comply, "--format", "openai-chat", "-u", f"{url}/v1", "-k", "none", "-m", model],
-    )
+    arguments = ["--format", "openai-chat", "--timeout", "600", "-f", ",".join(_TEXT_TESTS)]
+    yield "llm-comply, openai-chat", comply, [comply, *arguments, "-u", f"{url}/v1", "-k", "none", "-m", model]
     lm_eval = str(venv / "bin" / "lm_eval")
     of_model = (
         f"model={model},base_url={url}/v1/chat/completions,num_concurrent=4,max_retries=1,tokenized_requests=False"
@@ -39,7 +50,11 @@ def main(venv: Path) -> int:
     subprocess.run([sys.executable, "-m", "mball", "models", "prepare-demo", str(MODELS)], check=True, timeout=900)
     folder = next(path for path in sorted(MODELS.iterdir()) if "smollm2" in path.name.lower())
     failed = []
-    with tempfile.TemporaryDirectory() as results, running_server([str(folder)], log=Path(results) / "log") as server:
+    with contextlib.ExitStack() as stack:
+        results = stack.enter_context(tempfile.TemporaryDirectory())
+        config = Path(results) / "config.yaml"
+        config.write_text(json.dumps({"models": [{"path": str(folder), "max_model_len": _MAX_MODEL_LEN}]}))
+        server = stack.enter_context(running_server(["--config", str(config)], log=Path(results) / "log"))
         for name, needed, command in commands(venv, server.url, folder.name, Path(results)):
             if not Path(needed).exists():
                 sys.stdout.write(f"{name}: skipped, it is not installed\n")

@@ -12,7 +12,7 @@ client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0, timeou
 ask: dict[str, Any] = {
     "model": model,
     "max_tokens": 8,
-    "temperature": 0,
+    "extra_body": {"temperature": 0},
     "system": "Be brief.",
     "messages": [{"role": "user", "content": "Say hello."}],
 }
