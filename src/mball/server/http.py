@@ -173,8 +173,9 @@ async def on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 def _allowed(request: Request) -> list[str]:
     """The methods of a path, each of which has a route of its own; of the described paths that match, those of the most
-    literal."""
-    paths: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
+    literal. A worker has no description, and one route a path, whose own answer says its methods."""
+    describe = getattr(request.app, "openapi", None)
+    paths: dict[str, dict[str, Any]] = {} if describe is None else describe()["paths"]
     found = [(len("".join(parts)), path) for path in paths if _fits(request.url.path, parts := _PARAMETER.split(path))]
     return sorted(method.upper() for method in paths[max(found)[1]]) if found else []
 
