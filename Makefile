@@ -46,7 +46,7 @@ check: setup
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" scripts/check
 
 test: check models vllm-if-it-can
-	$(VENV)/bin/pytest -n $(TESTS_AT_ONCE) --dist loadscope --cov --cov-report=term:skip-covered -m "not benchmark"
+	$(VENV)/bin/pytest -n $(TESTS_AT_ONCE) --dist loadscope --no-loadscope-reorder --cov --cov-report=term:skip-covered -m "not benchmark"
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .demo

@@ -10,7 +10,7 @@ import xxhash
 from mball.errors import SwapMiss
 from mball.swap.checksum import KNOWN, OURS, SHA256, XXH3, checksum
 from mball.swap.disk import aligned
-from mball.swap.place import header, kind_of
+from mball.swap.place import kind_of
 from mball.swap.slots import Slots
 from tests.swap.stores import block, content, open_at
 
@@ -34,17 +34,12 @@ def test_an_interpreter_without_xxhash_reads_and_writes_slots() -> None:
     subprocess.run([sys.executable, "-c", _WITHOUT_XXHASH], check=True)
 
 
-def test_a_slot_that_such_a_process_wrote_is_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slot_that_such_a_process_wrote_is_read_and_checked(tmp_path: Path) -> None:
     store, want = open_at(tmp_path / "store"), block("a")
     lease = store.lease("w", want)
     assert lease is not None
-
-    def by_sha256(*arguments: object) -> bytes:
-        return header(*arguments, kind=SHA256)  # type: ignore[arg-type, misc]
-
-    with monkeypatch.context() as patched:
-        patched.setattr("mball.swap.slots.header", by_sha256)
-        store.slots.write(lease.place, content("a", want.nbytes))
+    for run in store.slots.runs(lease.place):
+        store.slots.write_run(lease.place, run, content("a", want.nbytes), kind=SHA256)
     assert store.commit("w", [lease.id]) == 1
     memory = aligned(want.nbytes)
     store.slots.read(lease.place, memory)

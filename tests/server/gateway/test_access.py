@@ -66,6 +66,10 @@ async def test_no_route_but_the_probes_answers_without_a_key(gateway: Start, hea
                     continue
                 assert response.status == 401, path
                 assert response.headers["www-authenticate"] == "Bearer"
+                if path.startswith("/v1/messages"):
+                    answer = await response.json()
+                    assert (answer["type"], answer["error"]["type"]) == ("error", "authentication_error")
+                    continue
                 assert (await error_of(response))["code"] == "invalid_api_key"
 
 
