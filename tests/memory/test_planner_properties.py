@@ -180,13 +180,13 @@ def check_against_full_search(snapshot: Snapshot, demand: Demand) -> None:
 quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=quiet)
+@settings(max_examples=2000, deadline=None, suppress_health_check=quiet)
 @given(situations())
 def test_a_plan_keeps_budgets_and_touches_only_what_it_may(situation: tuple[Snapshot, Demand]) -> None:
     check(*situation)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=quiet)
+@settings(max_examples=500, deadline=None, suppress_health_check=quiet)
 @given(situations(most=6))
 def test_a_plan_is_found_wherever_there_is_one_at_hardly_more_than_the_least_cost(
     situation: tuple[Snapshot, Demand],

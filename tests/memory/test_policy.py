@@ -290,7 +290,7 @@ def looks(draw: st.DrawFn) -> Look:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(looks())
 def test_no_decision_promises_more_than_there_is_or_moves_what_is_in_use(look: Look) -> None:
     decision = decide(look, RULES)

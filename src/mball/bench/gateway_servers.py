@@ -124,5 +124,6 @@ def _wait(process: subprocess.Popen[bytes], port: int, key: str) -> None:
         except urllib.error.HTTPError as error:
             raise Cannot(f"it answered {error.code}: {error.read()[:300]!r}") from None
         except OSError:
+            # Another's server tells nobody when it listens.
             time.sleep(0.1)
     raise Cannot(f"it does not answer after {_START_S:.0f} s")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.llama import LlamaConfig
 
 from mball.device.account import OpenAccount
@@ -228,23 +229,31 @@ async def serving(engine: Any, tokenizer: WorkerTokenizer, path: Path) -> AsyncI
         yield Worker(service, engine, client, api, str(path))
 
 
+@contextlib.asynccontextmanager
+async def echoing(
+    tokenizer: WorkerTokenizer, path: Path, script: Script | None = None, step_s: float = 0.0
+) -> AsyncIterator[Worker]:
+    engine = EchoEngine(vocab_size=tokenizer.vocab_size, eos=2, script=script, step_s=step_s)
+    engine.promote(None)
+    try:
+        async with serving(engine, tokenizer, path) as worker:
+            yield worker
+    finally:
+        engine.close()
+
+
+def taught_tokenizer(model: Path, folder: Path, template: str, special: Sequence[str] = ()) -> WorkerTokenizer:
+    """A model's tokenizer with another chat template, saved in the folder; `special` tokens are added."""
+    loaded = AutoTokenizer.from_pretrained(model)
+    loaded.chat_template = template
+    loaded.add_tokens(list(special), special_tokens=True)
+    loaded.save_pretrained(folder)
+    return WorkerTokenizer(str(folder))
+
+
 @pytest.fixture
 def make_worker(tokenizer: WorkerTokenizer, tmp_path: Path) -> MakeWorker:
-    @contextlib.asynccontextmanager
-    async def make(script: Script | None = None, step_s: float = 0.0) -> AsyncIterator[Worker]:
-        engine = EchoEngine(vocab_size=tokenizer.vocab_size, eos=2, script=script, step_s=step_s)
-        service = Service(WorkerSpec(model="echo", path="none", max_logprobs=5), engine, tokenizer)
-        engine.promote(None)
-        service.open_gate()
-        path = tmp_path / "w.sock"
-        try:
-            async with http_side(service, path) as client:
-                api = openai.AsyncOpenAI(base_url="http://worker/v1", api_key="none", http_client=client, max_retries=0)
-                yield Worker(service, engine, client, api, str(path))
-        finally:
-            engine.close()
-
-    return make
+    return functools.partial(echoing, tokenizer, tmp_path / "w.sock")
 
 
 @pytest.fixture

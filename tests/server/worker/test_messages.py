@@ -11,11 +11,9 @@ import anthropic
 import httpx2 as httpx
 import pytest
 from anthropic.types import Message
-from transformers import AutoTokenizer
 
 from mball.server.worker.tokenizer import Tokenizer
-from tests.server.worker.conftest import Worker, serving
-from tests.server.worker.echo_engine import EchoEngine
+from tests.server.worker.conftest import Worker, echoing, taught_tokenizer
 from tests.server.worker.test_tools import HERMES_TEMPLATE, say, written
 
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
@@ -25,20 +23,13 @@ TOOLS: list[Any] = [{"name": "weather", "description": "Of a city.", "input_sche
 
 @pytest.fixture(scope="module")
 def taught(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    loaded = AutoTokenizer.from_pretrained(tiny_model)
-    loaded.chat_template = HERMES_TEMPLATE
-    path = tmp_path_factory.mktemp("taught")
-    loaded.save_pretrained(path)
-    return Tokenizer(str(path))
+    return taught_tokenizer(tiny_model, tmp_path_factory.mktemp("taught"), HERMES_TEMPLATE)
 
 
 @pytest.fixture
 async def worker(taught: Tokenizer, tmp_path: Path) -> AsyncIterator[Worker]:
-    engine = EchoEngine(vocab_size=512, eos=2)
-    engine.promote(None)
-    async with serving(engine, taught, tmp_path / "w.sock") as worker:
+    async with echoing(taught, tmp_path / "w.sock") as worker:
         yield worker
-    engine.close()
 
 
 @pytest.fixture

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 from openai.types.responses import Response
-from transformers import AutoTokenizer
 
 from mball.server.http import is_whole
 from mball.server.worker.tokenizer import Tokenizer
-from tests.server.worker.conftest import Worker, serving
-from tests.server.worker.echo_engine import EchoEngine
+from tests.server.worker.conftest import Worker, echoing, taught_tokenizer
 from tests.server.worker.test_tools import HERMES_TEMPLATE, say, written
 
 PATH = "/v1/responses"
@@ -24,20 +22,13 @@ TOOLS: list[Any] = [{"type": "function", "name": "weather", "parameters": SCHEMA
 
 @pytest.fixture(scope="module")
 def taught(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    loaded = AutoTokenizer.from_pretrained(tiny_model)
-    loaded.chat_template = HERMES_TEMPLATE
-    path = tmp_path_factory.mktemp("taught")
-    loaded.save_pretrained(path)
-    return Tokenizer(str(path))
+    return taught_tokenizer(tiny_model, tmp_path_factory.mktemp("taught"), HERMES_TEMPLATE)
 
 
 @pytest.fixture
 async def worker(taught: Tokenizer, tmp_path: Path) -> AsyncIterator[Worker]:
-    engine = EchoEngine(vocab_size=512, eos=2)
-    engine.promote(None)
-    async with serving(engine, taught, tmp_path / "w.sock") as worker:
+    async with echoing(taught, tmp_path / "w.sock") as worker:
         yield worker
-    engine.close()
 
 
 async def streamed(worker: Worker, **body: Any) -> tuple[Response, list[Any]]:

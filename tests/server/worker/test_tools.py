@@ -11,13 +11,11 @@ import jsonschema
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
-from transformers import AutoTokenizer
 
 from mball.server.engine.engine import GenerateEngine
 from mball.server.worker.tokenizer import Tokenizer
 from mball.server.worker.tools import HERMES, LLAMA3, syntax_of
-from tests.server.worker.conftest import Worker, serving
-from tests.server.worker.echo_engine import EchoEngine
+from tests.server.worker.conftest import Worker, echoing, serving, taught_tokenizer
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello there"}]
@@ -57,22 +55,14 @@ def template(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def taught(template: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """The tiny model's tokenizer with a template that has tools; one with their marks as special tokens."""
-    loaded = AutoTokenizer.from_pretrained(tiny_model)
-    loaded.chat_template = TEMPLATES[template]
-    if template == "hermes_special":
-        loaded.add_tokens(["<tool_call>", "</tool_call>"], special_tokens=True)
-    path = tmp_path_factory.mktemp("taught")
-    loaded.save_pretrained(path)
-    return Tokenizer(str(path))
+    special = ["<tool_call>", "</tool_call>"] if template == "hermes_special" else []
+    return taught_tokenizer(tiny_model, tmp_path_factory.mktemp("taught"), TEMPLATES[template], special)
 
 
 @pytest.fixture
 async def worker(taught: Tokenizer, tmp_path: Path) -> AsyncIterator[Worker]:
-    engine = EchoEngine(vocab_size=512, eos=2)
-    engine.promote(None)
-    async with serving(engine, taught, tmp_path / "w.sock") as worker:
+    async with echoing(taught, tmp_path / "w.sock") as worker:
         yield worker
-    engine.close()
 
 
 @pytest.fixture
