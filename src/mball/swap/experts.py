@@ -87,7 +87,7 @@ class ExpertWeights(StreamedWeights):
             tensors.append(_part_each(of_layer, counts[-1]))
             parts += _parts(of_layer, tensors[-1], counts[-1], len(parts), checkpoint)
         rest_bytes, cell_bytes = paged(laid_out(rest)), paged(max(part.nbytes for part in parts))
-        copier_for = copiers(checkpoint, parts, device, cell_bytes, threads)
+        copier_for = copiers(checkpoint, parts, device, threads)
         held = Cells(rest_bytes, cell_bytes, min(cells, len(parts)), device, account or OpenAccount())
         return cls(checkpoint, held, rest, parts, counts, tensors, copier_for)
 

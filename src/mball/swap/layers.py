@@ -62,7 +62,7 @@ class LayeredWeights(StreamedWeights):
         rest_bytes = paged(laid_out(rest))
         cell_bytes = paged(max(laid_out(own) for own in of_layers))
         parts = [_parts(number, own, checkpoint) for number, own in enumerate(of_layers)]
-        copier_for = copiers(checkpoint, parts, device, cell_bytes, threads)
+        copier_for = copiers(checkpoint, parts, device, threads)
         held = Cells(rest_bytes, cell_bytes, cells, device, account or OpenAccount())
         return cls(checkpoint, held, rest, of_layers, layers, parts, copier_for)
 

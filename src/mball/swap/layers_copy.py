@@ -20,7 +20,7 @@ from mball.loader.plan import Extent, grouped
 from mball.loader.registered import IMAGES, RegisteredImage
 from mball.loader.ring import warn_once
 from mball.loader.workers import STALL_S
-from mball.swap.layers_read import Readers, Reading
+from mball.swap.layers_read import Readers, Reading, staged
 from mball.units import GiB, MiB
 
 AHEAD_BYTES = 1 * GiB
@@ -140,7 +140,6 @@ class CudaCopier:
         image_fd: int | None,
         layers: Sequence[Parts],
         device: torch.device,
-        cell_bytes: int,
         threads: int,
     ) -> None:
         """Registers the image, or makes the ring: a step should wait for neither. Raises ReadError, OSError."""
@@ -148,12 +147,13 @@ class CudaCopier:
         self._runtime = CudaRuntime(device)
         self._stream = CudaStream(device)
         self._copies = {parts.layer: _copies(parts, checkpoint.image_shifts) for parts in layers}
+        self._stages = {parts.layer: staged(parts.extents) for parts in layers}
         self._image = self._attach(image_fd)
         self._readers: Readers | None = None
         self._buffers: _Buffers | None = None
         if self._image is None:
             self._readers = Readers(checkpoint, image_fd, threads)
-            self._buffers = _Buffers(self._runtime, cell_bytes)
+            self._buffers = _Buffers(self._runtime, max(stage.nbytes for stage in self._stages.values()))
         self._ahead: dict[int, tuple[_Buffer, Reading]] = {}
 
     def fetch(self, parts: Parts, cell: Tensor, after: Any) -> Fetch:
@@ -172,7 +172,7 @@ class CudaCopier:
                 buffer = self._buffers.take_free()
                 if buffer is None:
                     return
-                self._ahead[parts.layer] = buffer, self._readers.read(parts.extents, buffer.memory)
+                self._ahead[parts.layer] = buffer, self._read(self._readers, parts, buffer)
 
     def used(self) -> torch.cuda.Event:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -235,7 +235,7 @@ class CudaCopier:
         ahead = self._ahead.pop(parts.layer, None)
         if ahead is None:
             free = buffers.take()
-            ahead = free, readers.read(parts.extents, free.memory)
+            ahead = free, self._read(readers, parts, free)
         buffer, fetch.reading = ahead
         computing = threading.current_thread()
 
@@ -243,11 +243,16 @@ class CudaCopier:
             if threading.current_thread() is not computing:
                 self._stream.enter()
             self._begin(after, fetch)
-            self._stream.copy(cell.data_ptr(), buffer.mapping.address, parts.nbytes)
+            base, places = buffer.mapping.address, self._stages[parts.layer].places
+            for part, place in zip(parts.extents, places, strict=True):
+                self._stream.copy(cell.data_ptr() + part.offset, base + place, part.nbytes)
             fetch.end(self._stream)
             buffers.give(buffer, fetch.copied)
 
         fetch.reading.then(copy)
+
+    def _read(self, readers: Readers, parts: Parts, buffer: _Buffer) -> Reading:
+        return readers.stage(parts.extents, self._stages[parts.layer], buffer.mapping)
 
     def _begin(self, after: Any, fetch: _CudaFetch) -> None:
         if after is not None:
@@ -307,7 +312,6 @@ class _Buffer:
     """Pinned memory for one layer; free once `copied` is past."""
 
     mapping: Mapping
-    memory: Tensor
     registered: bool
     copied: torch.cuda.Event | None = None
 
@@ -369,7 +373,6 @@ class _Buffers:
 
     def _make(self) -> _Buffer:
         mapping = Mapping(self.nbytes)
-        memory = torch.frombuffer(mapping.buffer, dtype=torch.uint8)
         registered = True
         try:
             mapping.populate(0, mapping.whole_pages)
@@ -377,7 +380,7 @@ class _Buffers:
         except RegistrationFailed as error:
             registered = False
             warn_once(f"{error}; copies from pageable memory take about six times as long")
-        return _Buffer(mapping, memory, registered)
+        return _Buffer(mapping, registered)
 
 
 def _elapsed_s(first: Any, second: Any) -> float | None:

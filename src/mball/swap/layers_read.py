@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -26,8 +27,26 @@ _CACHED_SHARE = 0.9
 """Bytes that are in the page cache to that part are read from there, where most of the files is."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where in memory that begins at a page a layer's parts come to be by direct reads, which take the whole blocks
+    around them; and how much memory that takes."""
+
+    places: tuple[int, ...]
+    nbytes: int
+
+
+def staged(parts: Sequence[Extent]) -> Stage:
+    places, nbytes = [], 0
+    for part in parts:
+        head = part.start % ALIGN_BYTES
+        places.append(nbytes + head)
+        nbytes += -(-(head + part.nbytes) // ALIGN_BYTES) * ALIGN_BYTES
+    return Stage(tuple(places), nbytes)
+
+
 class Reading:
-    """One layer on its way into `target`."""
+    """One layer on its way into memory."""
 
     def __init__(self, count: int) -> None:
         self._left = count
@@ -93,6 +112,16 @@ class Readers:
         self._open = [*(other for other in self._open if not other.settle(0.0)), reading]
         return reading
 
+    def stage(self, parts: Sequence[Extent], stage: Stage, memory: Mapping) -> Reading:
+        """Begin, without a copy by the processor: each part goes to its place."""
+        reading, view = Reading(len(parts)), memoryview(memory.buffer).cast("B")
+        reading.parts = [
+            self._pool.submit(self._staged, part, place, view, reading)
+            for part, place in zip(parts, stage.places, strict=True)
+        ]
+        self._open = [*(other for other in self._open if not other.settle(0.0)), reading]
+        return reading
+
     def cancel(self) -> None:
         """What is under way fails with Cancelled before its next part."""
         self._cancel.set()
@@ -107,12 +136,24 @@ class Readers:
             self._source.close()
         return idle
 
-    def _part(self, part: Extent, target: Tensor, reading: Reading) -> None:
+    def _begins(self, part: Extent, reading: Reading) -> bool:
+        """Whether the part is in the page cache."""
         if self._cancel.is_set():
             raise Cancelled("the layers are wanted no more")
         reading.part_begins()
-        source = self._source
-        cached = self._warm and (source.resident_share(part.shard, part.start, part.nbytes) or 0.0) >= _CACHED_SHARE
+        return self._warm and (self._source.resident_share(part.shard, part.start, part.nbytes) or 0.0) >= _CACHED_SHARE
+
+    def _staged(self, part: Extent, place: int, memory: memoryview, reading: Reading) -> None:
+        cached, source = self._begins(part, reading), self._source
+        blocks = memory[place - part.start % ALIGN_BYTES :]
+        if cached or source.read_direct(blocks, part.shard, part.start, part.nbytes) is None:
+            source.read_extent(memory[place : place + part.nbytes], part)
+            if not cached:
+                source.drop(part.shard, part.start, part.nbytes)
+        reading.part_done()
+
+    def _part(self, part: Extent, target: Tensor, reading: Reading) -> None:
+        cached, source = self._begins(part, reading), self._source
         if cached or part.cast is not None or not self._past_the_cache(part, target):
             lane = HostLane(target)
             source.read_extent(lane.buffer(part), part)

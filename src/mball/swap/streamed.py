@@ -196,9 +196,7 @@ def parts_of(number: int, extents: Iterable[Extent], nbytes: int) -> Parts:
     return Parts(number, tuple(chunked(extents, PART_BYTES)), nbytes)
 
 
-def copiers(
-    checkpoint: Checkpoint, parts: Sequence[Parts], device: torch.device, cell_bytes: int, threads: int
-) -> CopierFor:
+def copiers(checkpoint: Checkpoint, parts: Sequence[Parts], device: torch.device, threads: int) -> CopierFor:
     """Raises UnsupportedCheckpoint where a GPU would have to cast what passes."""
     if device.type != "cuda":
         return lambda image_fd: HostCopier(checkpoint, image_fd, threads)
@@ -210,4 +208,4 @@ def copiers(
                 file=str(checkpoint.path),
                 tensor=checkpoint.tensor_at(extent.shard, extent.start),
             )
-    return lambda image_fd: CudaCopier(checkpoint, image_fd, parts, device, cell_bytes, threads)
+    return lambda image_fd: CudaCopier(checkpoint, image_fd, parts, device, threads)
