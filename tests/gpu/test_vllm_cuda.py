@@ -87,6 +87,8 @@ def test_the_weights_pool_holds_the_weights_and_nothing_else(found: dict[tuple[s
 def test_a_sleep_frees_all_and_a_wake_brings_back_the_same(found: dict[tuple[str, str], dict[str, Any]]) -> None:
     swap, described = found["mball", "swap"], found["mball", "up"]["described"]
     assert swap["same"]
+    assert swap["fingerprint_same"]
+    assert swap["resident_drift"] < 0.01
     assert all(
         cycle["freed_bytes"] > 0.98 * (described["weights_bytes"] + described["kv_bytes"]) for cycle in swap["cycles"]
     )

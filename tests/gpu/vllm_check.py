@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ STAGES = ("versions", "stock", "mball", "changed", "reload")
 PROMPT_IDS = [[(7 * i + j) % 200 + 5 for j in range(48)] for i in range(4)]
 CYCLES = int(os.environ.get("MBALL_CHECK_CYCLES", "10"))
 KV_BYTES = 2 << 30
+SEQUENCES = 32
 
 _out: Path
 
@@ -49,6 +51,18 @@ def free_bytes() -> int:
     return int(torch.cuda.mem_get_info()[0])
 
 
+def used_bytes() -> int:
+    """Of the device by everybody, without a context of ours for the asking."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]) << 20
+
+
+def resident_bytes() -> int:
+    """Of this process, without what it shares."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
+
+
 class Engine:
     """vLLM in this very process. `up_s`: from the call to an engine that answers, `load_s` of it the weights."""
 
@@ -56,6 +70,7 @@ class Engine:
         from vllm import LLM
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+        self.before_bytes = used_bytes()
         load_weights, self.load_s = DefaultModelLoader.load_weights, 0.0
 
         def load(*arguments: Any) -> None:
@@ -69,7 +84,7 @@ class Engine:
             load_format=load_format,
             skip_tokenizer_init=True,
             max_model_len=2048,
-            max_num_seqs=4,
+            max_num_seqs=SEQUENCES,
             kv_cache_memory_bytes=KV_BYTES,
             enable_sleep_mode=True,
             enforce_eager=os.environ.get("MBALL_CHECK_EAGER") == "1",
@@ -79,6 +94,21 @@ class Engine:
         )
         DefaultModelLoader.load_weights = load_weights
         self.up_s = round(time.perf_counter() - began, 2)
+
+    def rates(self, tokens: int = 256) -> dict[str, float]:
+        """Tokens a second of one request, and of as many as run at once: the median of three each."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+        found = {}
+        for batch in (1, SEQUENCES):
+            prompts = [{"prompt_token_ids": [*PROMPT_IDS[0][:-1], 300 + number]} for number in range(batch)]
+            taken = [
+                timed(lambda prompts=prompts: self.llm.generate(prompts, params, use_tqdm=False))  # type: ignore[misc]
+                for _ in range(4)
+            ]
+            found[f"tokens_s_{batch}"] = round(batch * tokens / statistics.median(taken[1:]), 1)
+        return found
 
     def answers(self, tokens: int = 16) -> list[Any]:
         """Greedy tokens and their logprobs, one sequence at a time: so nothing is batched differently."""
@@ -92,8 +122,11 @@ class Engine:
             found.append([list(done.token_ids), chosen])
         return found
 
-    def first_token_s(self) -> float:
-        return timed(lambda: self.answers(1)[:1])
+    def first_token(self) -> None:
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
+        self.llm.generate([{"prompt_token_ids": PROMPT_IDS[0]}], params, use_tqdm=False)
 
     def rpc(self, method: str, *arguments: Any) -> Any:
         return self.llm.collective_rpc(method, args=arguments)[0]
@@ -101,18 +134,26 @@ class Engine:
 
 def swapped(engine: Engine, cycles: int, before: list[Any]) -> dict[str, Any]:
     """Sleeps and wakes; seconds of each, and what was free."""
-    awake_bytes, rows = free_bytes(), []
+    awake_bytes, rows, resident = free_bytes(), [], []
     for _ in range(cycles):
         sleep_s = timed(lambda: engine.llm.sleep(level=1))
         asleep_bytes = free_bytes()
         wake_s = timed(lambda: engine.llm.wake_up())
-        token_s = timed(lambda: engine.answers(1))
+        token_s = timed(engine.first_token)
+        resident.append(resident_bytes())
         rows.append(
-            {"sleep_s": sleep_s, "wake_s": wake_s, "tokens_s": token_s, "freed_bytes": asleep_bytes - awake_bytes}
+            {"sleep_s": sleep_s, "wake_s": wake_s, "first_token_s": token_s, "freed_bytes": asleep_bytes - awake_bytes}
         )
+    engine.llm.sleep(level=1)
+    held_bytes = used_bytes() - engine.before_bytes
+    engine.llm.wake_up()
     after = engine.answers()
     return {
+        "held_asleep_bytes": held_bytes,
         "cycles": rows[:3] + rows[-1:],
+        "medians": {name: statistics.median(row[name] for row in rows) for name in rows[0]},
+        # The first ones map what later ones have.
+        "resident_drift": resident[-1] / resident[min(2, len(resident) - 1)] - 1,
         "same": after == before,
         "drift_bytes": awake_bytes - free_bytes(),
     }
@@ -135,7 +176,7 @@ def versions(model: str) -> None:
 def stock(model: str) -> None:
     engine = Engine(model, "auto")
     before = engine.answers()
-    tell(stage="stock", part="up", up_s=engine.up_s, load_s=engine.load_s)
+    tell(stage="stock", part="up", up_s=engine.up_s, load_s=engine.load_s, rates=engine.rates())
     tell(stage="stock", part="swap", answers=before, **swapped(engine, 3, before))
 
 
@@ -166,7 +207,10 @@ def mball(model: str) -> None:
         wake_s=wake_s,
         answers=before,
     )
-    tell(stage="mball", part="swap", **swapped(engine, CYCLES, before))
+    print_before = engine.rpc("mball_fingerprint")
+    found = swapped(engine, CYCLES, before)
+    tell(stage="mball", part="swap", fingerprint_same=engine.rpc("mball_fingerprint") == print_before, **found)
+    tell(stage="mball", part="rates", rates=engine.rates())
     expected = [json.loads(line) for line in _out.read_text().splitlines()]
     peers = [line["answers"] for line in expected if line["stage"] == "stock" and "answers" in line]
     tell(stage="mball", part="as stock", same=bool(peers) and peers[-1] == before)

