@@ -113,6 +113,18 @@ def test_the_noise_is_gumbel_s_and_independent_of_its_neighbours() -> None:
     assert float(torch.corrcoef(torch.stack([noise[0, 1:], noise[0, :-1]]))[0, 1]) == pytest.approx(0, abs=0.01)
 
 
+@pytest.mark.parametrize(("top_k", "position", "token"), [(0, 217, 3514), (45_000, 959, 26039)])
+def test_the_largest_noise_draws_no_token_that_is_ruled_out(top_k: int, position: int, token: int) -> None:
+    one = row(position=position, seed=7, top_k=top_k)
+    noise = gumbel(_keys([one], torch.device("cpu")), torch.tensor([token], dtype=torch.int32))
+    assert 16 < float(noise) < 17, "one of 16 million: found by a search"
+    values = torch.zeros(1, 49_152)
+    values[0, token] = float("-inf")
+    assert draw(values, [one]) != [token]
+    values[0, token] = -30.0
+    assert draw(values, [one]) != [token]
+
+
 def test_the_noise_never_changes() -> None:
     """Seeds are a promise to clients: another release draws the same tokens."""
     values = torch.zeros(6, 1000)

@@ -185,6 +185,8 @@ def gumbel(keys: Tensor, token_ids: Tensor) -> Tensor:
     x = _xor_shift(x, 15).mul_(0x735A2D97)
     x = _xor_shift(x, 15)
     uniform = x.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
+    # The largest rounds up to 1, whose noise is infinite: it would draw that token whatever the logits say.
+    uniform.clamp_(max=1.0 - 2.0**-24)
     return uniform.log_().neg_().log_().neg_()
 
 
