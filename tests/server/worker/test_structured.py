@@ -12,12 +12,14 @@ from typing import Any
 
 import jsonschema
 import pytest
+from llguidance import LLParserLimits
 
 from mball.errors import InvalidRequest
 from mball.server.engine.api import GenerateRequest, Output, SamplingParams
 from mball.server.engine.engine import GenerateEngine
 from mball.server.worker import structured
-from mball.server.worker.structured import Grammars, read_response_format
+from mball.server.worker.schemas import MAX_SCHEMA_BYTES, read_response_format
+from mball.server.worker.structured import Grammars
 from mball.server.worker.tokenizer import Tokenizer
 from tests.server.engine.driving import Run
 from tests.server.worker.conftest import Worker, serving
@@ -34,6 +36,10 @@ SCHEMA = {
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
 }
+
+COSTLY = "^.*[a-m].{30}$"
+"""Each character may be the first of the last thirty: a state for each set of them."""
+COSTLY_FIELD = {"type": "object", "properties": {"a": {"type": "string", "pattern": COSTLY}}, "required": ["a"]}
 
 
 def of_schema(schema: Any) -> dict[str, Any]:
@@ -116,7 +122,9 @@ async def test_logprobs_are_those_of_the_model_and_not_of_the_grammar(real: Work
         ({"x-guidance": {"no_such": 1}}, "no_such"),
         ({"const": "\ud800"}, "surrogate|hex"),
         ([], "object"),
-        ({"enum": ["x" * structured.MAX_SCHEMA_BYTES]}, "bytes"),
+        ({"type": "integer", "multipleOf": 1234567}, "1234567"),
+        ({"items": {"allOf": [{"multipleOf": 0.997}, {"multipleOf": 91}]}}, "90727"),
+        ({"enum": ["x" * MAX_SCHEMA_BYTES]}, "bytes"),
     ],
 )
 async def test_a_schema_that_cannot_be_kept_to_is_named(real: Worker, schema: Any, why: str) -> None:
@@ -125,6 +133,37 @@ async def test_a_schema_that_cannot_be_kept_to_is_named(real: Worker, schema: An
     error = answer.json()["error"]
     assert error["param"].startswith("response_format")
     assert any(word in error["message"] for word in why.split("|")), error
+
+
+@pytest.fixture
+def few_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many for the 500 tokens here as a model's own vocabulary has for its 50,000."""
+    monkeypatch.setattr(structured, "_LIMITS", LLParserLimits(max_lexer_states=300, verbose_errors=False))
+
+
+@pytest.mark.usefixtures("few_states")
+async def test_a_pattern_that_takes_too_many_states_is_named_before_the_answer_begins(real: Worker) -> None:
+    for stream in (False, True):
+        error = await real.refused(CHAT, messages=HELLO, response_format=of_schema(COSTLY_FIELD), stream=stream)
+        assert error["code"] == "invalid_schema"
+        assert COSTLY in error["message"]
+        assert "states" in error["message"]
+
+
+@pytest.mark.usefixtures("few_states")
+async def test_limits_that_show_in_the_answer_alone(real: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(structured, "_REHEARSED", 0)
+    ask: dict[str, Any] = {"messages": HELLO, "response_format": of_schema(COSTLY_FIELD), "seed": 1}
+    error = await real.refused(CHAT, **ask)
+    assert (error["param"], error["code"]) == ("response_format", "invalid_schema")
+    streamed = (await real.post(CHAT, stream=True, **ask)).text.strip().splitlines()
+    assert json.loads(streamed[-1].removeprefix("data: "))["error"] == error
+
+
+async def test_what_only_looks_like_a_pattern(real: Worker) -> None:
+    schema = {"const": {"pattern": "("}}
+    (text,) = await answers(real, response_format=of_schema(schema), seed=1)
+    assert json.loads(text) == {"pattern": "("}
 
 
 async def test_what_does_not_go_with_a_schema(real: Worker) -> None:

@@ -87,7 +87,8 @@ async def _grammar(service: Service, request: ChatRequest, syntax: CallSyntax | 
             parallel=request.parallel_tool_calls and request.tool_choice.name is None,
             otherwise=schema,
         )
-        return await service.grammar(lambda grammars: grammars.of_source(source, "tools"))
+        kept = [tool.parameters for tool in request.usable]
+        return await service.grammar(lambda grammars: grammars.of_source(source, kept, "tools"))
     if schema is None:
         return None
     return await service.grammar(lambda grammars: grammars.of_schema(schema, "response_format"))

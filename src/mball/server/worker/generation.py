@@ -12,7 +12,7 @@ from functools import partial
 from types import TracebackType
 from typing import Literal
 
-from mball.errors import MballError, RequestError, Unavailable
+from mball.errors import InvalidRequest, MballError, RequestError, Unavailable
 from mball.server.engine.api import GenerateRequest, Generator, Output, SamplingParams
 from mball.server.engine.grammar import Grammar
 from mball.server.worker.detokenizer import Detokenizer
@@ -188,7 +188,11 @@ class Generation:
         """Ends the request with this error."""
         self._inbox.fail(error)
 
-    def _failure(self, output: Output) -> MballError:
+    def _failure(self, index: int, output: Output) -> MballError:
+        grammar = self._jobs[index].grammar
+        if output.finish_reason == "error" and grammar is not None and grammar.too_complex:
+            why = f"`{grammar.param}` can't be kept to: {grammar.error}"
+            return InvalidRequest(why, param=grammar.param, code="invalid_schema")
         if output.finish_reason == "abort" or not self._engine.status().resident:
             return NotResident("the model left the device while it answered")
         return RequestError(output.error or "the engine failed", code="engine_error")
@@ -206,7 +210,7 @@ class Generation:
                 if choice.done:
                     continue
                 if output.finish_reason in ("abort", "error"):
-                    raise self._failure(output)
+                    raise self._failure(index, output)
                 if choice.take(output, fresh.setdefault(index, Delta(index))):
                     self._engine.abort(self._ids[index])
             yield [delta for delta in fresh.values() if delta.text or delta.tokens or delta.finish_reason]

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from mball.errors import InvalidRequest
-from mball.server.worker.structured import check_name
+from mball.server.worker.schemas import check_name
 from mball.server.worker.values import encodable, shallow, wrong
 
 ChatMessage = dict[str, Any]

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from mball.errors import InvalidRequest
 from mball.server.worker.messages import ChatMessage, read_messages
-from mball.server.worker.structured import read_response_format
+from mball.server.worker.schemas import read_response_format
 from mball.server.worker.tools import Tool, ToolChoice, read_tool_choice, read_tools
 from mball.server.worker.values import encodable
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
+import time
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from mball.errors import InvalidRequest
 from mball.server.engine.grammar import Grammar
+from mball.server.worker.schemas import MAX_SCHEMA_BYTES, patterns_of
 from mball.server.worker.tokenizer import Tokenizer
 from mball.server.worker.values import wrong
-
-MAX_SCHEMA_BYTES = 64 * 1024
-"""Such a schema, of 2,000 properties, takes 0.5 s and 2 MB (measured on one core of a server)."""
 
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=400_000,
@@ -34,8 +34,10 @@ GUIDANCE: Any = {
     "coerce_one_of": False,
     "lenient": False,
 }
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _QUOTED = 500
+_REHEARSED = 32
+"""Steps of a pattern: what takes too many states shows in some ten of them."""
+_REHEARSAL_S = 0.5
 
 
 class Grammars:
@@ -49,17 +51,25 @@ class Grammars:
 
     def of_schema(self, schema: str, param: str) -> Grammar:
         """The texts that are JSON of the schema. Raises InvalidRequest, which names `param`. Blocks."""
+        grammar = self._of_schema(schema, param)
+        self._rehearse([schema], param)
+        return grammar
+
+    def _of_schema(self, schema: str, param: str) -> Grammar:
         try:
             source = LLMatcher.grammar_from_json_schema(schema, overrides=GUIDANCE)
         except ValueError as error:
             raise _refused(str(error), param) from None
         return self._compiled(source, param)
 
-    def of_source(self, source: str, param: str) -> Grammar:
-        """The texts of a grammar in llguidance's own notation. Raises InvalidRequest, which names `param`. Blocks."""
+    def of_source(self, source: str, schemas: Iterable[str], param: str) -> Grammar:
+        """The texts of a grammar in llguidance's own notation, with these schemas in it. Raises InvalidRequest, which
+        names `param`. Blocks."""
         if len(source) > 2 * MAX_SCHEMA_BYTES:
             raise wrong(param, f"has {len(source)} bytes with its schemas, over {2 * MAX_SCHEMA_BYTES}")
-        return self._compiled(LLMatcher.grammar_from_lark(source), param)
+        grammar = self._compiled(LLMatcher.grammar_from_lark(source), param)
+        self._rehearse(schemas, param)
+        return grammar
 
     def _compiled(self, source: str, param: str) -> Grammar:
         matcher = LLMatcher(self._of_tokenizer(), source, log_level=0, limits=_LIMITS)
@@ -70,7 +80,26 @@ class Grammars:
             first.compute_bitmask()
         if first.is_error():
             raise _refused(first.get_error(), param)
-        return Grammar(matcher)
+        return Grammar(matcher, param)
+
+    def _rehearse(self, schemas: Iterable[str], param: str) -> None:
+        """Some steps of each pattern, for half a second at most: one that takes too many states would fail in the
+        middle of an answer. Raises InvalidRequest, which names it. Blocks."""
+        deadline = time.monotonic() + _REHEARSAL_S
+        for pattern in set().union(*map(patterns_of, schemas)):
+            try:
+                grammar = self._of_schema(json.dumps({"type": "string", "pattern": pattern}), param)
+            except InvalidRequest:
+                continue  # a value that has such a name
+            for step in range(_REHEARSED):
+                if time.monotonic() > deadline:
+                    return
+                tokens = np.setdiff1d(np.flatnonzero(grammar.allowed(self._vocab_size)), self._eos_token_ids)
+                # Any of them, and another each time.
+                if not len(tokens) or not grammar.accept(int(tokens[step * 7919 % len(tokens)])):
+                    break
+            if grammar.too_complex:
+                raise _refused(f"its pattern {pattern[:_QUOTED]!r}: {grammar.error}", param)
 
     def _of_tokenizer(self) -> LLTokenizer:
         if self._vocabulary is None:
@@ -82,52 +111,6 @@ class Grammars:
                 why = f"structured output does not know this model's tokenizer: {str(error)[:_QUOTED]}"
                 raise InvalidRequest(why, code="unsupported_parameter") from None
         return self._vocabulary
-
-
-def read_response_format(value: Any) -> str | None:
-    """The JSON text of the schema that OpenAI's `response_format` asks for; None where it asks for text.
-
-    Raises InvalidRequest.
-    """
-    kind = value.get("type") if isinstance(value, dict) else None
-    known: dict[Any, set[str]] = {"text": set(), "json_object": set(), "json_schema": {"json_schema"}}
-    if not isinstance(kind, str) or kind not in known:
-        raise wrong("response_format.type", "must be text, json_object or json_schema")
-    if unknown := value.keys() - known[kind] - {"type"}:
-        raise wrong(f"response_format.{min(unknown)}", "is not known")
-    if kind == "text":
-        return None
-    return '{"type":"object"}' if kind == "json_object" else _named_schema(value.get("json_schema"))
-
-
-def _named_schema(value: Any) -> str:
-    where = "response_format.json_schema"
-    if not isinstance(value, dict):
-        raise wrong(where, "must be an object with a `name` and a `schema`")
-    if unknown := value.keys() - {"name", "description", "schema", "strict"}:
-        raise wrong(f"{where}.{min(unknown)}", "is not known")
-    check_name(value.get("name"), f"{where}.name")
-    return schema_text(value.get("schema"), f"{where}.schema")
-
-
-def check_name(name: Any, param: str) -> str:
-    """As OpenAI names schemas and functions. Raises InvalidRequest."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise wrong(param, "must be 1 to 64 letters, digits, underscores or dashes")
-    return name
-
-
-def schema_text(schema: Any, param: str) -> str:
-    """Raises InvalidRequest for what is no object, or too large; not for what is no schema."""
-    if not isinstance(schema, dict):
-        raise wrong(param, "must be a JSON schema, an object")
-    try:
-        text = json.dumps(schema)
-    except RecursionError:
-        raise wrong(param, "is nested too deep") from None
-    if len(text) > MAX_SCHEMA_BYTES:
-        raise wrong(param, f"has {len(text)} bytes, over {MAX_SCHEMA_BYTES}")
-    return text
 
 
 def _refused(why: str, param: str) -> InvalidRequest:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mball.errors import InvalidRequest
-from mball.server.worker.structured import GUIDANCE, check_name, schema_text
+from mball.server.worker.schemas import check_name, schema_text
+from mball.server.worker.structured import GUIDANCE
 from mball.server.worker.values import shallow, wrong
 
 MAX_TOOLS = 128
