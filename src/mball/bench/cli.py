@@ -156,16 +156,13 @@ def start(
     eager: Annotated[bool, typer.Option("--eager", help="Compile and capture nothing.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Starts of each that count.")] = 3,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds a start may take.")] = 900.0,
-    cache: Annotated[
-        Path | None, typer.Option(help="Where `mball bench switch` left what vLLM compiles: no turn comes before.")
-    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write every round here, as JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table, machine and versions here.")] = None,
 ) -> None:
     """vLLM from its process's start to the first token: stock, as a worker, and forked from a zygote, by stages."""
     from mball.bench.vllm_start import Options, run_start
 
-    options = Options(model, vllm, device, parse_bytes(kv), max_model_len, eager, rounds, timeout, cache)
+    options = Options(model, vllm, device, parse_bytes(kv), max_model_len, eager, rounds, timeout)
     if not run_start(options, json_path=json, markdown_path=markdown, console=Console()):
         raise typer.Exit(1)
 
@@ -189,7 +186,6 @@ def switch(
     tokens: Annotated[int, typer.Option(min=16, help="Of each of those.")] = 256,
     together: Annotated[bool, typer.Option(help="Start both at once before, with room for both.")] = True,
     peer: Annotated[bool, typer.Option(help="vLLM's own servers beside it, put to sleep by hand.")] = True,
-    cache: Annotated[Path | None, typer.Option(help="Keep here what vLLM compiles.")] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds a start may take.")] = 900.0,
     json: Annotated[Path | None, typer.Option(help="Write every round here, as JSON.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table, machine and versions here.")] = None,
@@ -211,7 +207,6 @@ def switch(
         tokens,
         together,
         peer,
-        cache,
         timeout,
     )
     if not run_switch(options, json_path=json, markdown_path=markdown, console=Console()):

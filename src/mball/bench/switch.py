@@ -38,7 +38,7 @@ _CONTEXTS_BYTES = 3 * GiB
 @dataclass(frozen=True, slots=True)
 class Options:
     """`vllm` is an interpreter that has it; without one the embedded engine serves, and has no peer. `room_bytes` of
-    the device are MBALL's: for one model awake and the other asleep. `cache`: for what vLLM compiles."""
+    the device are MBALL's: for one model awake and the other asleep."""
 
     model: Path
     vllm: Path | None = None
@@ -53,7 +53,6 @@ class Options:
     tokens: int = 256
     together: bool = True
     peer: bool = True
-    cache: Path | None = None
     timeout_s: float = 900.0
 
     def spec(self, name: str) -> WorkerSpec:

@@ -135,14 +135,12 @@ async def _serving(options: Options, folder: Path, room_bytes: int) -> AsyncIter
             }
         )
     )
-    cache = {"VLLM_CACHE_ROOT": str((options.cache or folder) / "ours")}
     with bind("127.0.0.1", 0) as sock, (folder / "mball.log").open("ab") as out:
         process = await asyncio.create_subprocess_exec(
             *[sys.executable, "-m", "mball", "serve", "--config", str(config)],
             *["--fd", str(sock.fileno()), "--parent", str(os.getpid())],
             stdout=out,
             stderr=out,
-            env={**os.environ, **cache},
             pass_fds=[sock.fileno()],
         )
         address = f"http://127.0.0.1:{sock.getsockname()[1]}"

@@ -27,7 +27,7 @@ async def by_hand(options: Options, folder: Path, outcome: Outcome, after: Calla
     """Raises MballError."""
     if options.vllm is None:
         raise MballError("no interpreter with vLLM is given")
-    extra = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CACHE_ROOT": str((options.cache or folder) / "stock")}
+    extra = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CACHE_ROOT": str(folder / "stock")}
     spec = options.spec("a")
     serving = partial(stock, options.vllm, options=_OPTIONS, extra=extra, timeout_s=options.timeout_s)
     device = open_device(options.device)

@@ -55,8 +55,7 @@ _COLUMNS = [
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`python` has vLLM. `eager`: nothing is compiled or captured. `cache`: where a run before kept what vLLM compiles,
-    so that no turn has to come before those that count."""
+    """`python` has vLLM. `eager`: nothing is compiled or captured."""
 
     model: Path
     python: Path
@@ -66,7 +65,6 @@ class Options:
     eager: bool = False
     rounds: int = 3
     timeout_s: float = 900.0
-    cache: Path | None = None
 
 
 Turn = Callable[[Path, int], Awaitable[tuple[Measures, str]]]
@@ -123,8 +121,10 @@ async def _all(options: Options, kept: Kept, console: Console) -> list[Outcome]:
             }
             outcomes = [Outcome(name) for name in turns]
             answers: set[str] = set()
-            for number in range(0 if options.cache is None else 1, options.rounds + 1):
-                for outcome in [*outcomes[number % 3 :], *outcomes[: number % 3]]:
+            # Ours share a folder: one of them comes before for both.
+            before = [outcome for outcome in outcomes if outcome.name != FORKED]
+            for number in range(options.rounds + 1):
+                for outcome in [*outcomes[number % 3 :], *outcomes[: number % 3]] if number else before:
                     if outcome.not_run is not None:
                         continue
                     console.print(f"{outcome.name}: {number or 'before'}", style="dim")
@@ -136,7 +136,8 @@ async def _all(options: Options, kept: Kept, console: Console) -> list[Outcome]:
                     answers.add(answer)
                     if number:
                         outcome.rounds.append(took)
-                kept.round(outcomes)
+                    console.print(str({name: round(seconds, 2) for name, seconds in took.items()}), style="dim")
+                    kept.round(outcomes)
             if len(answers) > 1:
                 for outcome in outcomes:
                     outcome.not_run, outcome.rounds = f"they answered differently: {sorted(answers)}", []
@@ -171,7 +172,7 @@ class _Ours:
     async def __call__(self, folder: Path, number: int) -> tuple[Measures, str]:
         where = self._folder
         spec = replace(self._spec, socket_path=str(where / f"{number}.sock"))
-        extra = {"PYTHONPATH": self._path, "VLLM_CACHE_ROOT": str((self._options.cache or folder) / "ours")}
+        extra = {"PYTHONPATH": self._path, "VLLM_CACHE_ROOT": str(folder / "ours")}
         began = time.monotonic()
         worker, hello = await WorkerProcess.start(
             _command(self._options),
@@ -199,7 +200,7 @@ class _Stock:
     async def __call__(self, folder: Path, number: int) -> tuple[Measures, str]:
         began = time.monotonic()
         options = self._options
-        extra = {"VLLM_CACHE_ROOT": str((options.cache or folder) / "stock")}
+        extra = {"VLLM_CACHE_ROOT": str(folder / "stock")}
         async with stock(options.python, self._spec, folder, extra=extra, timeout_s=options.timeout_s) as server:
             await server.served.say(1)
             took = time.monotonic() - began

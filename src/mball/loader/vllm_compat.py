@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import inspect
 import multiprocessing
+import os
 import runpy
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mball.errors import EngineUnsupported
+from mball.loader.vllm_names import TRITON_ENVIRONMENT
 
 SUPPORTED = ("0.26", "0.32", "0.33")
 """The versions whose insides were read and tried."""
@@ -383,6 +385,22 @@ def time_stages(worker: Any, times: dict[str, tuple[float, float]]) -> None:
         if not hasattr(worker, name):
             raise _changed(found, f"{worker.__name__}.{name}", "there")
         setattr(worker, name, _timed(name, getattr(worker, name), times))
+
+
+def keep_kernels(worker: Any) -> None:
+    """Has a worker's class warm up with Triton's kernels where they were the last time. vLLM moves Triton's folder into
+    a compiled model's while it compiles and leaves it there, but not when that is loaded: the first two starts of a
+    model would each make all kernels of the sampler anew, in some 15 s."""
+    folder = os.environ.get(TRITON_ENVIRONMENT)
+    warm_up = worker.compile_or_warm_up_model
+
+    @functools.wraps(warm_up)
+    def warmed(*arguments: Any, **options: Any) -> Any:
+        if folder is not None:
+            os.environ[TRITON_ENVIRONMENT] = folder
+        return warm_up(*arguments, **options)
+
+    worker.compile_or_warm_up_model = warmed
 
 
 def gpu_worker() -> Any:

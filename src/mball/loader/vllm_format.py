@@ -21,8 +21,12 @@ from torch import Tensor
 from mball.errors import MballError
 from mball.loader import vllm_compat
 from mball.loader.checkpoint import Checkpoint
-from mball.loader.tensors import stream
+from mball.loader.tensors import STREAM_BYTES, stream
 from mball.loader.vllm_names import LOAD_FORMAT
+from mball.units import GiB
+
+GROUP_BYTES = 1 * GiB
+"""The most that is read into one memory; two such are there at most, beside what the model keeps."""
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +75,10 @@ def read(files: list[Path], device: torch.device) -> Iterator[tuple[str, Tensor]
     They own their memory. On a GPU it is taken by another thread than the caller's, so it belongs to no pool that the
     caller has in use. Raises what `stream` raises.
     """
-    tensors = stream(Checkpoint.of_files(files[0].parent, files), device, by_name=True)
+    checkpoint = Checkpoint.of_files(files[0].parent, files)
+    # Between two groups the bus waits: few large ones, of which two are an eighth of the weights.
+    group_bytes = min(GROUP_BYTES, max(STREAM_BYTES, checkpoint.image_bytes // 16))
+    tensors = stream(checkpoint, device, by_name=True, group_bytes=group_bytes)
     first = list(zip(range(1), tensors, strict=False))
     return chain((pair for _, pair in first), tensors)
 

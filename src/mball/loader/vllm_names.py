@@ -9,6 +9,9 @@ FORK_ENVIRONMENT = "MBALL_VLLM_FORK"
 SERVER_ENVIRONMENT = "MBALL_VLLM_SERVER_AT"
 """When vLLM's server had been imported, by the monotonic clock; set by its process for those of its engine."""
 
+TRITON_ENVIRONMENT = "TRITON_CACHE_DIR"
+"""Triton's own: where it keeps the kernels that it compiles."""
+
 CPU_WORKER = "mball.memory.vllm_cpu.SleepingCpuWorker"
 """For vLLM's option `worker_cls` on the CPU."""
 

@@ -30,11 +30,14 @@ def fingerprints(pieces: Sequence[Tensor]) -> list[int]:
     scratch = torch.empty_like(keys)
     chunks = [chunk for piece in pieces for chunk in torch.split(piece, max(1, size)) if chunk.numel()]
     sums = torch.empty(2, len(chunks), dtype=torch.int64, device=device)
-    for number, chunk in enumerate(chunks):
+    # On a GPU what takes long is to say what is to be done: 15 GiB are a thousand chunks.
+    wholes, uppers = sums[0].unbind(), sums[1].unbind()
+    for chunk, whole, upper in zip(chunks, wholes, uppers, strict=True):
         count = chunk.numel()
-        torch.sum(torch.mul(chunk, keys[:count], out=scratch[:count]), 0, out=sums[0, number])
+        mine, room = (keys, scratch) if count == size else (keys[:count], scratch[:count])
+        torch.sum(torch.mul(chunk, mine, out=room), 0, out=whole)
         # Of changes in the upper bits alone a product shows but as many.
-        torch.sum(torch.mul(_upper(chunk), keys[:count], out=scratch[:count]), 0, out=sums[1, number])
+        torch.sum(torch.mul(_upper(chunk), mine, out=room), 0, out=upper)
     found = iter(zip(*sums.tolist(), strict=True))
     counts = [-(-piece.numel() // max(1, size)) for piece in pieces]
     return [_chained(piece.numel(), islice(found, n)) for piece, n in zip(pieces, counts, strict=True)]

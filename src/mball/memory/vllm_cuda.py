@@ -119,4 +119,5 @@ def _words(address: int, nbytes: int, device: torch.device) -> Tensor:
 
 
 # Imported by the worker's process, once its class is known and before it is asked for anything.
+vllm_compat.keep_kernels(vllm_compat.gpu_worker())
 vllm_compat.time_stages(vllm_compat.gpu_worker(), STAGES)

@@ -24,6 +24,7 @@ from mball.errors import ConfigError, MballError, TransitionError
 from mball.loader import vllm_compat
 from mball.loader.checkpoint import Checkpoint
 from mball.loader.sampled import sampled
+from mball.loader.vllm_names import TRITON_ENVIRONMENT
 from mball.memory import control, vllm_options
 from mball.memory.estimate import estimate
 from mball.memory.spec import WorkerSpec
@@ -93,7 +94,8 @@ def kv_bytes(spec: WorkerSpec) -> int:
 def _environment(spec: WorkerSpec) -> dict[str, str]:
     inherited = dict(os.environ)
     if (home := inherited.get("HOME")) is not None:
-        inherited.setdefault("VLLM_CACHE_ROOT", str(cache_folder(spec, Path(home))))
+        root = inherited.setdefault("VLLM_CACHE_ROOT", str(cache_folder(spec, Path(home))))
+        inherited.setdefault(TRITON_ENVIRONMENT, str(Path(root, "triton")))
     if not vllm_options.keeps_kv(spec):
         return vllm_options.environment(inherited)
     _check_room(spec)

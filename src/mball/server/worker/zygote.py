@@ -1,6 +1,6 @@
 """`python -m mball.server.worker.zygote --control-fd N …`: has done a worker's imports, and forks workers on demand.
 
-Its side of `mball.memory.zygote`. It has one thread and no CUDA context at every fork, or it forks nothing.
+Its side of `mball.memory.zygote`. No thread is missed and CUDA has not begun at a fork, or it forks nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mball.memory.control import MESSAGE_BYTES
 from mball.memory.spec import WorkerSpec
 from mball.memory.worker_log import open_log
 from mball.server.worker import imports
+from mball.server.worker.forking import unfit
 
 _FAILED = 70
 
@@ -76,24 +77,6 @@ def _work(work: Work) -> int:
 
     configure_logging()
     return asyncio.run(process.run(work.control_fd, work.spec))
-
-
-def unfit() -> str | None:
-    """Why a fork of this process would not be safe; None where it is."""
-    threads = len(os.listdir("/proc/self/task"))  # noqa: PTH208
-    if threads != 1:
-        return f"it has {threads} threads after its imports, and a fork would take one of them along"
-    held = [target for fd in Path("/proc/self/fd").iterdir() if (target := _target(fd)).startswith("/dev/nvidia")]
-    if held:
-        return f"its imports began CUDA ({', '.join(held)} is open), and that survives no fork"
-    return None
-
-
-def _target(fd: Path) -> str:
-    try:
-        return str(fd.readlink())
-    except FileNotFoundError:
-        return ""
 
 
 def attend(sock: socket.socket) -> Work | None:
