@@ -199,7 +199,7 @@ def fleet(sizes: list[int], needs: list[tuple[int, int | None]]) -> tuple[Device
     """Devices of these sizes, and models by weights and the one device that they may go to. Nothing runs."""
     rules, events = Settings(working_bytes=0), Events()
     models = [
-        Model(model(f"m{n}", devices=() if only is None else (f"d{only}",)), rules, n, lambda: None)
+        Model(model(f"m{n}", devices=() if only is None else (f"d{only}",)), rules, n, lambda: None, lambda: None)
         for n, (_, only) in enumerate(needs)
     ]
     for found, (nbytes, _) in zip(models, needs, strict=True):

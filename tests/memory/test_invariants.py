@@ -21,7 +21,7 @@ from tests.memory.conftest import Running, Serve, model, slot_of
 
 
 def books() -> tuple[dict[str, Model], Ledger, Ledger]:
-    models = {name: Model(model(name), Settings(), 0, lambda: None) for name in "ab"}
+    models = {name: Model(model(name), Settings(), 0, lambda: None, lambda: None) for name in "ab"}
     return models, Ledger("gpu", 100), Ledger("dram", 100)
 
 

@@ -15,8 +15,13 @@ def changes() -> list[None]:
 
 
 @pytest.fixture
-def queue(changes: list[None]) -> Queue:
-    return Queue("m", 2, Rate(60.0), lambda: changes.append(None))
+def passes() -> list[None]:
+    return []
+
+
+@pytest.fixture
+def queue(changes: list[None], passes: list[None]) -> Queue:
+    return Queue("m", 2, Rate(60.0), lambda: changes.append(None), lambda: passes.append(None))
 
 
 async def waiting(queue: Queue, count: int, **options: bool) -> list[asyncio.Task[Ticket | None]]:
@@ -137,18 +142,34 @@ async def test_one_refused_in_the_moment_it_gives_up(queue: Queue) -> None:
     assert (queue.in_flight, len(queue)) == (0, 0)
 
 
-async def test_each_change_is_told(queue: Queue, changes: list[None]) -> None:
+async def test_each_change_is_told(queue: Queue, changes: list[None], passes: list[None]) -> None:
     tasks = await waiting(queue, 1)
-    assert len(changes) == 1
+    assert (len(changes), len(passes)) == (1, 0)
     queue.open("/s")
     ticket = await tasks[0]
     assert ticket is not None
     queue.leave(ticket)
-    assert len(changes) == 2
+    assert (len(changes), len(passes)) == (1, 1)
+    ticket = await queue.enter(1.0)
+    assert ticket is not None
+    queue.leave(ticket)
+    assert (len(changes), len(passes)) == (1, 3)
     queue.close()
     with pytest.raises(QueueTimeout):
         await queue.enter(0.0)
-    assert len(changes) == 4
+    assert (len(changes), len(passes)) == (3, 3)
+
+
+async def test_nobody_passes_those_that_wait_where_more_may_be_inside_than_before(queue: Queue) -> None:
+    queue.open("/s")
+    tasks = await waiting(queue, 4)
+    queue.limit = 3
+    last = (await waiting(queue, 1))[0]
+    assert [task.done() for task in (*tasks, last)] == [True, True, False, False, False]
+    await asyncio.wait(tasks[:3])
+    assert (queue.in_flight, len(queue)) == (3, 2)
+    queue.refuse(lambda: Draining("x"))
+    await asyncio.gather(*tasks, last, return_exceptions=True)
 
 
 async def test_waiting_times_and_rates_count_requests(queue: Queue) -> None:

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from mball.errors import QueueTimeout
+from mball.memory import scheduler
 from mball.units import MiB
 from tests.fake_worker import Knobs
 from tests.memory.conftest import QUICK, Serve, model
@@ -67,3 +68,31 @@ async def test_a_higher_priority_keeps_its_place_for_a_while(serve: Serve) -> No
     began = time.monotonic()
     await running.ask("high")
     assert running.state("high")["weights"] == "device"
+
+
+async def test_requests_that_pass_an_open_door_are_no_reason_to_decide_anything(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = await serve(model("a"), settings=dataclasses.replace(QUICK, sample_s=1000.0))
+    await running.ask("a")
+    decide, looks = scheduler.decide, []
+    monkeypatch.setattr(scheduler, "decide", lambda look, settings: looks.append(look) or decide(look, settings))
+    for _ in range(50):
+        async with running.manager.admit("a"):
+            await asyncio.sleep(0)
+    assert len(looks) < 10
+
+
+async def test_one_that_waits_comes_as_soon_as_the_last_request_before_it_has_left(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "_HEARTBEAT_S", 1000.0)
+    settings = dataclasses.replace(QUICK, sample_s=1000.0, max_wait_s=1000.0)
+    running = await serve(model("a"), model("b"), settings=settings)
+    await running.ask("b")
+    await running.ask("a")
+    async with running.manager.admit("a"):
+        waiting = asyncio.create_task(running.ask("b", deadline_s=20.0))
+        await running.until(lambda: not running.state("a")["open"])
+        assert running.state("b")["weights"] != "device"
+    assert await waiting == "b 1 2 3 "

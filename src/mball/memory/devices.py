@@ -91,6 +91,10 @@ class Devices:
         for slot in self._slots:
             slot.scheduler.wake()
 
+    def passed(self) -> None:
+        for slot in self._slots:
+            slot.scheduler.passed()
+
     def gather(self, now: float) -> float:
         """Gives those that wait for a start their devices, the oldest first; those that have one are weighed anew now
         and then. Returns in how many seconds to call again, if nothing changes before."""

@@ -85,7 +85,8 @@ class Manager:
         self.events = Events(told=self._look)
         self._cores: CoresKeeper | None = None
         self._max_queue = self._settings.max_queue
-        self._roster = Roster(models, lambda spec, number: Model(spec, self._settings, number, self._wake))
+        told = self._wake, self._passed
+        self._roster = Roster(models, lambda spec, number: Model(spec, self._settings, number, *told))
         self._models = self._roster.models
         self._runtime_dir = runtime_dir
         self._log_dir = log_dir if log_dir is not None else runtime_dir / "logs"
@@ -449,6 +450,10 @@ class Manager:
 
     def _wake(self) -> None:
         self._devices.wake()
+        self._look()
+
+    def _passed(self) -> None:
+        self._devices.passed()
         self._look()
 
     def _look(self) -> None:

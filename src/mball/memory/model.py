@@ -48,12 +48,20 @@ class Model:
     end is not tried before `leaves_at_s`.
     """
 
-    def __init__(self, spec: ModelSpec, settings: Settings, number: int, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        settings: Settings,
+        number: int,
+        changed: Callable[[], None],
+        passed: Callable[[], None],
+    ) -> None:
+        """`changed` and `passed`: as its queue's."""
         self.spec = self.configured = spec
         self.number = number
         self.settings = settings
         self.pinned = spec.pinned
-        self.queue = Queue(spec.name, spec.admitted, Rate(settings.rate_window_s), changed)
+        self.queue = Queue(spec.name, spec.admitted, Rate(settings.rate_window_s), changed, passed)
         self.lock = asyncio.Lock()
         self.state = State()
         self.worker: WorkerProcess | None = None

@@ -37,10 +37,13 @@ class Queue:
     """Requests enter while the door is open and fewer than `limit` are inside: those of the lowest `priority` first, in
     the order of their arrival. `service_s`: how long one is inside."""
 
-    def __init__(self, model: str, limit: int, rate: Rate, changed: Callable[[], None]) -> None:
-        """`changed` is told when somebody joins or leaves."""
+    def __init__(
+        self, model: str, limit: int, rate: Rate, changed: Callable[[], None], passed: Callable[[], None]
+    ) -> None:
+        """`changed` is told when somebody begins to wait or gives up, `passed` when one enters at once or leaves."""
         self.model = model
         self._changed = changed
+        self._passed = passed
         self.limit = limit
         self.rate = rate
         self.last_used_s = time.monotonic()
@@ -80,10 +83,14 @@ class Queue:
 
     async def enter(self, deadline_s: float, *, visitor: bool = False, priority: int = 0) -> Ticket | None:
         """Waits its turn. Raises QueueTimeout, or what `refuse` was given."""
-        loop = asyncio.get_running_loop()
-        waiter = _Waiter(loop.create_future(), time.monotonic(), visitor)
+        now_s = time.monotonic()
         if not visitor:
-            self.rate.count(waiter.since_s)
+            self.rate.count(now_s)
+            if self._socket_path is not None and len(self.inside) < self.limit and not self._waiting:
+                ticket = self._give(self._socket_path, now_s)
+                self._passed()
+                return ticket
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), now_s, visitor)
         number = next(self._numbers)
         self._waiting[number] = waiter
         if not visitor:
@@ -108,7 +115,7 @@ class Queue:
             self.service_s.add(self.last_used_s - ticket.since_s)
             self._left.set()
             self._let_in()
-            self._changed()
+            self._passed()
 
     def open(self, socket_path: str) -> None:
         self._socket_path = socket_path
@@ -151,9 +158,12 @@ class Queue:
         while self._turns and len(self.inside) < self.limit:
             waiter = self._waiting.pop(heapq.heappop(self._turns)[1], None)
             if waiter is not None:
-                ticket = Ticket(self.model, self._socket_path, time.monotonic())
-                self.inside.add(ticket)
-                waiter.answer.set_result(ticket)
+                waiter.answer.set_result(self._give(self._socket_path, time.monotonic()))
+
+    def _give(self, socket_path: str, now_s: float) -> Ticket:
+        ticket = Ticket(self.model, socket_path, now_s)
+        self.inside.add(ticket)
+        return ticket
 
     def _withdraw(self, number: int, waiter: _Waiter) -> None:
         """The caller gave up: its place, or the ticket it has just been given, is free again."""

@@ -65,6 +65,7 @@ class Scheduler:
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting = 0
         self._begun = False
+        self._undone = True
         self._filling: set[str] = set()
         self._unfilled: set[str] = set()
 
@@ -75,6 +76,11 @@ class Scheduler:
 
     def wake(self) -> None:
         self._wake.set()
+
+    def passed(self) -> None:
+        """A request went in by an open door, or out: of use only to those that wait for a device, or to leave it."""
+        if self._undone:
+            self._wake.set()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -129,6 +135,7 @@ class Scheduler:
             leaving = [self._models[move.model] for move in decision.bring.moves if move.kind not in SERVES_ON]
             self._begin(self._bring(model, decision.bring), [model, *leaving])
         self._gate(decision.gates, now)
+        self._undone = any(map(_undone, self._models.values()))
         return min(decision.again_s, gather_s)
 
     def _look(self, now: float) -> Look:
@@ -457,3 +464,9 @@ class Scheduler:
             _log.error("move failed", move=task.get_name(), error=str(error))
         elif error is not None:
             _log.error("move failed", move=task.get_name(), exc_info=error)
+
+
+def _undone(model: Model) -> bool:
+    """Whether something about it can become possible as requests end."""
+    leaves = model.gated_s is not None or model.unload is not None or model.retired
+    return leaves or ((len(model.queue) > 0 or model.wanted) and not model.queue.is_open)

@@ -84,7 +84,7 @@ class _Server(uvicorn.Server):
 
 
 def _spare_the_collector() -> None:
-    """What was loaded stays, and is not gone through again: that takes tens of milliseconds, of every request's time."""
+    """What was loaded stays, and is gone through no more: that takes tens of milliseconds, which requests wait."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(_GARBAGE)
