@@ -41,19 +41,22 @@ _ANTHROPIC_TYPES = {
 
 async def read_body(request: Request, max_body_bytes: int) -> bytes:
     """The whole body. Raises PayloadTooLarge as soon as it is over the limit, InvalidRequest where the client left."""
-    limit = f"the body is over {format_bytes(max_body_bytes)} (max_body_bytes)"
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > max_body_bytes:
-        raise PayloadTooLarge(limit)
+        raise _too_large(max_body_bytes)
     body = bytearray()
     try:
         async for chunk in request.stream():
             body += chunk
             if len(body) > max_body_bytes:
-                raise PayloadTooLarge(limit)
+                raise _too_large(max_body_bytes)
     except ClientDisconnect:
         raise InvalidRequest("the client left before its body was whole") from None
     return bytes(body)
+
+
+def _too_large(max_body_bytes: int) -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body is over {format_bytes(max_body_bytes)} (max_body_bytes)")
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -194,11 +197,7 @@ async def on_invalid(_: Request, error: Exception) -> JSONResponse:
 async def on_unexpected(request: Request, error: Exception) -> JSONResponse:
     """Starlette logs the traceback itself."""
     _log.error("request failed", path=request.url.path, error=repr(error))
-    response = error_response(error, request.url.path)
-    # Its answer is sent from outside of all that would name it.
-    if request_id := request.scope.get("state", {}).get("request_id"):
-        response.headers["x-request-id"] = request_id
-    return response
+    return error_response(error, request.url.path)
 
 
 class ClientLeft(MballError):
@@ -206,22 +205,27 @@ class ClientLeft(MballError):
 
 
 async def unless_disconnected(work: Coroutine[Any, Any, _T], receive: Receive) -> _T:
-    """Runs `work` and gives its result; cancels it as soon as the client leaves, and raises ClientLeft."""
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.create_task(_disconnect(receive))
+    """Does `work` and gives its result; cancels it as soon as the client leaves, and raises ClientLeft."""
+    worker = asyncio.current_task()
+    cancelled_before = worker.cancelling() if worker is not None else 0
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        message: Message = {"type": ""}
+        while message["type"] != "http.disconnect":
+            message = await receive()
+        left = True
+        if worker is not None:
+            worker.cancel()
+
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return await work
+    except asyncio.CancelledError:
+        if left and worker is not None and worker.uncancel() <= cancelled_before:
+            raise ClientLeft("the client left before its answer was whole") from None
+        raise
     finally:
-        if not task.done():
-            task.cancel()
-        leaving.cancel()
-        await asyncio.wait({task, leaving})
-    if task.cancelled():
-        raise ClientLeft("the client left before its answer was whole")
-    return task.result()
-
-
-async def _disconnect(receive: Receive) -> None:
-    message: Message = {"type": ""}
-    while message["type"] != "http.disconnect":
-        message = await receive()
+        # It ends at its next turn, and touches nothing.
+        watching.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import sys
 from typing import TextIO, cast
@@ -30,6 +31,14 @@ def plain(_: object, __: str, event: structlog.typing.EventDict) -> structlog.ty
     return event
 
 
+_ENCODER = json.JSONEncoder(default=repr)
+
+
+def _json(event: structlog.typing.EventDict, **_: object) -> str:
+    """As the renderer's own way, which makes an encoder for each line."""
+    return _ENCODER.encode(event)
+
+
 def configure_logging(level: int = logging.INFO) -> None:
     """Idempotent. The standard library's loggers (uvicorn's) go the same way."""
     terminal = sys.stderr.isatty()
@@ -40,7 +49,7 @@ def configure_logging(level: int = logging.INFO) -> None:
         plain,
     ]
     final: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
+        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer(_json)
     )
     structlog.configure(
         processors=[*shared, structlog.processors.format_exc_info, final],

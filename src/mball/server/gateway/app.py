@@ -7,12 +7,14 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mball import __version__
 from mball.errors import MballError, UnknownModel
@@ -47,6 +49,15 @@ FORWARDED_PATHS = (
 """What reaches a worker; nothing else does."""
 
 
+class _App(FastAPI):
+    """The framework behind a `front` of few layers, which are all that a request for a worker passes."""
+
+    front: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.front(scope, receive, send)
+
+
 def create_app(manager: Manager, config: Config, live: Live | None = None, *, admin_port: int | None = None) -> FastAPI:
     """The gateway over a manager, which starts and closes with the app. `live` is what a reload replaces; an operator's
     routes answer on `admin_port` alone, where there is one."""
@@ -73,7 +84,7 @@ def create_app(manager: Manager, config: Config, live: Live | None = None, *, ad
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
-    app = FastAPI(title="MBALL", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = _App(title="MBALL", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_exception_handler(MballError, http.on_mball_error)
     app.add_exception_handler(HTTPException, http.on_http_error)
     app.add_exception_handler(RequestValidationError, http.on_invalid)
@@ -88,9 +99,8 @@ def create_app(manager: Manager, config: Config, live: Live | None = None, *, ad
     app.include_router(admin.router(manager))
     app.include_router(ui.router())
     describe(app, FORWARDED_PATHS, PUBLIC_PATHS)
-    app.add_middleware(Shortcut, paths=FORWARDED_PATHS, endpoint=forward)
-    app.add_middleware(Access, keys=live.keys, admin_port=admin_port)
-    app.add_middleware(RequestIds)
+    shortcut = Shortcut(partial(FastAPI.__call__, app), FORWARDED_PATHS, forward)
+    app.front = RequestIds(Access(shortcut, live.keys, admin_port))
     return app
 
 

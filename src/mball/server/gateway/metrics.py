@@ -31,6 +31,7 @@ _TRANSITIONS = {
     "image stored": "store_s",
 }
 _USAGE = re.compile(rb'"usage":\s*(\{)')
+_DECODER = json.JSONDecoder()
 _FAST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900)
 
 
@@ -139,7 +140,7 @@ def usage_in(tail: bytes) -> dict[str, Any] | None:
     """The usage object, the last that stands whole in the end of an answer."""
     for found in reversed(list(_USAGE.finditer(tail))):
         try:
-            usage, _ = json.JSONDecoder().raw_decode(tail[found.start(1) :].decode(errors="replace"))
+            usage, _ = _DECODER.raw_decode(tail[found.start(1) :].decode(errors="replace"))
         except (ValueError, RecursionError):
             continue
         if isinstance(usage, dict):

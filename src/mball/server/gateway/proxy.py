@@ -80,7 +80,7 @@ class Forward(Response):
             self._span = self._tracing.begin(Headers(scope=scope), self._path, self._request_id)
         try:
             with self._key.request():
-                await unless_disconnected(self._serve_alive(answer), receive)
+                await self._serve_alive(answer, receive)
             code = answer.code
         except ClientLeft:
             code = CLIENT_LEFT
@@ -110,14 +110,16 @@ class Forward(Response):
         if self._tracing is not None and self._span is not None:
             self._tracing.end(self._span, code, tokens, told)
 
-    async def _serve_alive(self, answer: _Answer) -> None:
+    async def _serve_alive(self, answer: _Answer, receive: Receive) -> None:
+        # A server says "disconnected" of a whole answer, too: nothing waits in there after its end.
+        serving = unless_disconnected(self._serve(answer), receive)
         every_s = _PROGRESS_S if self._call.progress else self._config.sse_keepalive_s
         if every_s is None or not self._call.stream:
-            await self._serve(answer)
+            await serving
             return
         comments = asyncio.create_task(answer.keep_alive(self._news, every_s), name="keep-alive")
         try:
-            await self._serve(answer)
+            await serving
         finally:
             comments.cancel()
             await asyncio.wait({comments})
@@ -217,13 +219,16 @@ class _Answer:
             await self._refused(upstream, chunk)
             return
         await self._start(upstream.status, [h for h in upstream.headers if h[0] in _FORWARDED_HEADERS])
-        while chunk:
-            self.tail = chunk[-TAIL_BYTES:] if len(chunk) >= TAIL_BYTES else (self.tail + chunk)[-TAIL_BYTES:]
-            self.pieces += chunk.count(_PIECE)
-            await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        while not upstream.ended:
+            await self._pass_on(chunk, more=True)
             chunk = await upstream.read()
-        await self._send({"type": "http.response.body", "body": b""})
+        await self._pass_on(chunk, more=False)
         self.code = upstream.status
+
+    async def _pass_on(self, chunk: bytes, *, more: bool) -> None:
+        self.tail = chunk[-TAIL_BYTES:] if len(chunk) >= TAIL_BYTES else (self.tail + chunk)[-TAIL_BYTES:]
+        self.pieces += chunk.count(_PIECE)
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": more})
 
     async def _refused(self, upstream: Answer, body: bytes) -> None:
         """A worker's error after a 200: the last event."""

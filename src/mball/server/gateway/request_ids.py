@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import random
 import re
-import uuid
 
 import structlog
 from starlette.datastructures import Headers
@@ -27,7 +27,7 @@ class RequestIds:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get(HEADER, "")
-        request_id = given if _VALID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if _VALID.fullmatch(given) else random.randbytes(16).hex()
         scope.setdefault("state", {})["request_id"] = request_id
         # The request's task has a context of its own, which ends with it.
         structlog.contextvars.bind_contextvars(request_id=request_id)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection
 
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mball.errors import MballError
-from mball.server.http import error_response
+from mball.server.http import error_response, on_unexpected
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -22,11 +23,15 @@ class Shortcut:
         self._app = app
         self._paths = frozenset(paths)
         self._endpoint = endpoint
+        self._unfailing = ServerErrorMiddleware(self._answer, handler=on_unexpected)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in self._paths:
             await self._app(scope, receive, send)
             return
+        await self._unfailing(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             response = await self._endpoint(Request(scope, receive))
             await response(scope, receive, send)

@@ -133,6 +133,11 @@ class Answer(asyncio.Protocol):
             self._transport.resume_reading()
         return data
 
+    @property
+    def ended(self) -> bool:
+        """Whether all of its body was read."""
+        return self._whole and not self._parts
+
     def reusable(self) -> bool:
         """Whether it can carry another request."""
         sound = self._whole and self._keeps and not self._writing and not self._parts and self._lost is None
