@@ -241,6 +241,7 @@ async def test_a_batch_waits_for_a_full_disk_and_loses_nothing(
     monkeypatch.setattr(batches_run, "_AGAIN_S", 0.1)
     running = await gateway(model("a", Knobs(tokens=3000)), files={"path": small_disk / "files"})
     batch = await create(running, [line(n, "a") for n in range(60)])
+    await until(running, batch, lambda batch: batch["status"] == "in_progress")
     fill(small_disk)
 
     def stopped(batch: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from mball.server.gateway.protocol import Protocol
+from mball.server.gateway.protocol import Joined, Protocol
 from mball.server.http import MballError, error_response, read_body
 from mball.server.run import bind
 
@@ -92,3 +92,36 @@ async def test_a_connection_between_two_requests_may_wait() -> None:
             writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n\r\nx")
             assert await answer(reader) == b"200 1"
             await asyncio.sleep(3 * Quick.receive_s)
+
+
+class Sent(asyncio.Transport):
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.writes.append(bytes(data))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+async def test_a_head_goes_out_with_what_follows_it_at_once_and_else_alone() -> None:
+    sent, loop = Sent(), asyncio.get_running_loop()
+    joined = Joined(sent, loop)
+    for data in (b"head ", b"body", b" more"):
+        joined.write(data)
+    assert sent.writes == [b"head body", b" more"]
+    await asyncio.sleep(0)
+    assert len(sent.writes) == 2
+    joined = Joined(sent, loop)
+    joined.write(b"head of a stream")
+    await asyncio.sleep(0)
+    joined.write(b"its first event")
+    assert sent.writes[2:] == [b"head of a stream", b"its first event"]
+    joined = Joined(sent, loop)
+    joined.write(b"head without a body")
+    joined.close()
+    assert sent.writes[4:] == [b"head without a body"]
+    assert sent.closed

@@ -11,7 +11,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from mball.units import KiB
 
 
-class _Joined:
+class Joined:
     """The transport of one answer, whose head goes out with what follows it in the same turn of the loop: each packet
     costs both sides as much as all else that is done with a small answer."""
 
@@ -104,7 +104,7 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_head = False
         super().on_headers_complete()
-        self.cycle.transport = _Joined(self.transport, self.loop)  # type: ignore[assignment]
+        self.cycle.transport = Joined(self.transport, self.loop)  # type: ignore[assignment]
 
     def on_message_complete(self) -> None:
         super().on_message_complete()

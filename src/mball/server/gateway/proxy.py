@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -117,14 +118,25 @@ class Forward(Response):
         if every_s is None or not self._call.stream:
             await serving
             return
-        comments = asyncio.create_task(answer.keep_alive(self._news, every_s), name="keep-alive")
+        comments: asyncio.Task[None] | None = None
+
+        def begin() -> None:
+            nonlocal comments
+            comments = asyncio.create_task(answer.keep_alive(self._news, every_s), name="keep-alive")
+
+        timer = asyncio.get_running_loop().call_later(every_s, begin)
         try:
             await serving
         finally:
-            comments.cancel()
-            await asyncio.wait({comments})
-            if not comments.cancelled() and (error := comments.exception()) is not None:
-                _log.info("no comment", model=self._call.model, error=repr(error))
+            timer.cancel()
+            if comments is not None:
+                await self._end(comments)
+
+    async def _end(self, comments: asyncio.Task[None]) -> None:
+        comments.cancel()
+        await asyncio.wait({comments})
+        if not comments.cancelled() and (error := comments.exception()) is not None:
+            _log.info("no comment", model=self._call.model, error=repr(error))
 
     def _news(self) -> bytes:
         """What a stream that waits is told: a comment, or an event where it asked for those."""
@@ -197,14 +209,12 @@ class _Answer:
 
     async def keep_alive(self, news: Callable[[], bytes], every_s: float) -> None:
         """Comments, which clients pass over and proxies see, until the worker's first bytes are there."""
-        while True:
-            try:
+        while not self._arrived.is_set():
+            await self._start(200, _EVENTS)
+            await self._send({"type": "http.response.body", "body": news(), "more_body": True})
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(every_s):
                     await self._arrived.wait()
-                return
-            except TimeoutError:
-                await self._start(200, _EVENTS)
-                await self._send({"type": "http.response.body", "body": news(), "more_body": True})
 
     async def _start(self, status: int, headers: Head) -> None:
         if not self._started:
