@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,9 @@ import torch
 
 from mball.device import memfd
 from mball.device.nvml import NvmlDevice
+from mball.memory.estimate import estimate
 from mball.memory.nursery import Nursery
-from mball.memory.process import WorkerProcess
+from mball.memory.process import Hello, WorkerProcess
 from mball.memory.settings import Settings
 from mball.memory.spec import WorkerSpec
 from mball.server.engine_path import search_path
@@ -253,3 +255,72 @@ async def test_its_kv_goes_to_the_store_and_comes_back(model: Path, tmp_path: Pa
         found["damaged"] = await second.counts()
         assert found["damaged"]["failed_loads"] >= 1
     print(json.dumps(found))  # noqa: T201
+
+
+async def test_cold_layers_leave_the_device_and_change_no_token(model: Path, tmp_path: Path) -> None:
+    """By graphs, as both runners of vLLM copy the layers within them; nothing is compiled, so as to start sooner."""
+    [device, *_] = NvmlDevice.visible()
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
+    spec = WorkerSpec(
+        "m",
+        str(model),
+        device=device.name,
+        max_model_len=1024,
+        max_num_seqs=4,
+        kv_cache_bytes=1 * GiB,
+        engine="vllm",
+        engine_args={"compilation_config": graphs},
+    )
+    layers = int(json.loads((model / "config.json").read_text())["num_hidden_layers"])
+    said: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    for name, resident in (("whole", None), ("cold", layers // 2)):
+        one = replace(spec, socket_path=str(tmp_path / f"{name}.sock"), resident_layers=resident)
+        before_bytes = device.free_bytes()
+        worker, hello = await WorkerProcess.start(
+            [str(vllm_python()), "-m", "mball.server.worker.vllm_process"],
+            one,
+            extra_environment={"PYTHONPATH": search_path(tmp_path / "path")},
+            log=tmp_path / f"{name}.log",
+            settings=Settings(start_s=500),
+        )
+        try:
+            assert (await worker.call("canary", deadline_s=60))["ok"]
+            said[name] = await text_of(one.socket_path)
+            began = time.perf_counter()
+            await text_of(one.socket_path)
+            found[name] = {
+                "weights_bytes": hello.weights_bytes,
+                "device_bytes": before_bytes - device.free_bytes(),
+                "text_s": round(time.perf_counter() - began, 3),
+            }
+            if resident is not None:
+                await sleeps_and_wakes(worker, device, hello, partial(text_of, one.socket_path), said[name])
+        finally:
+            await worker.stop(Settings(verb_s=20))
+    print(json.dumps({"cold layers": found, "layers": layers}))  # noqa: T201
+    expected = estimate(replace(spec, resident_layers=layers // 2))
+    assert expected is not None
+    assert abs(found["cold"]["weights_bytes"] - expected.weights_bytes) < 0.05 * expected.weights_bytes + 64 * MiB
+    fell = found["whole"]["device_bytes"] - found["cold"]["device_bytes"]
+    assert fell > 0.8 * (found["whole"]["weights_bytes"] - expected.weights_bytes)
+    assert said["cold"] == said["whole"]
+
+
+async def sleeps_and_wakes(
+    worker: WorkerProcess, device: NvmlDevice, hello: Hello, ask: Callable[[], Awaitable[Any]], said: Any
+) -> None:
+    """Without an image, and with one."""
+    fd = memfd.create("m", hello.image_bytes)
+    try:
+        for epoch in (1, 2, 3, 4):
+            if epoch == 3:
+                await worker.call("image", deadline_s=120, fd=fd, state="empty")
+                memfd.seal(fd)
+            awake_bytes = device.free_bytes()
+            await worker.call("demote", deadline_s=60, epoch=epoch)
+            assert device.free_bytes() - awake_bytes > 0.95 * (hello.weights_bytes + hello.kv_bytes)
+            await worker.call("promote", deadline_s=60, epoch=epoch)
+            assert await ask() == said
+    finally:
+        os.close(fd)

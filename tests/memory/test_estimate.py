@@ -20,10 +20,11 @@ from mball.errors import ModelDoesNotFit
 from mball.memory.estimate import Estimate, estimate, revision, streamed
 from mball.memory.spec import ModelSpec, WorkerSpec
 from mball.server.engine import footprint
-from mball.units import MiB
+from mball.units import GiB, MiB
 from tests.demo_models import demo_model
 from tests.fake_worker import Knobs
 from tests.memory.conftest import Serve
+from tests.sparse_model import sparse_model
 
 CONFIG = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
 
@@ -72,6 +73,24 @@ def test_what_can_never_fit_whole_is_streamed_if_it_can_be(tmp_path: Path) -> No
     mixture = spec(folder(tmp_path / "mixture"), kv_cache_bytes=MiB)
     save_file({"model.embed.weight": torch.zeros(10, 10), **experts}, tmp_path / "mixture" / "model.safetensors")
     assert streamed(mixture, 10 * MiB) == dataclasses.replace(mixture, resident_experts="auto")
+
+
+def test_vllm_is_to_have_layers_in_host_memory_where_a_model_does_not_fit(tmp_path: Path) -> None:
+    path = sparse_model(tmp_path / "m", layers=32, layer_bytes=448 * MiB, rest_bytes=2 * GiB)
+    large = spec(path, engine="vllm", device="cuda:GPU-1", kv_cache_bytes=1 * GiB)
+    assert estimate(large) == Estimate(16 * GiB, 1 * GiB)
+    colder = streamed(large, 14 * GiB)
+    assert colder is not None
+    assert isinstance(colder.resident_layers, int)
+    found = estimate(colder)
+    assert found is not None
+    assert found.cold is not None
+    assert found.weights_bytes * 9 // 8 + (1 + 2) * GiB < 14 * GiB, "with vLLM's own and an eighth"
+    assert found == estimate(dataclasses.replace(large, resident_layers="auto", device_memory_bytes=14 * GiB))
+    assert streamed(colder, 14 * GiB) is None
+    assert streamed(large, 5 * GiB) is None, "two buffers and what is no layer, KV and vLLM's own are more"
+    for other in ({"device": "cpu"}, {"task": "embed"}, {"engine_args": {"cpu-offload-gb": 4}}):
+        assert streamed(dataclasses.replace(large, **other), 14 * GiB) is None
 
 
 def test_an_index_that_leads_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:

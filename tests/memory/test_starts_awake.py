@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from mball.device.simulated import SimulatedDevice
-from mball.errors import ModelFailed
+from mball.errors import ModelDoesNotFit, ModelFailed
 from mball.memory.spec import ModelSpec
 from mball.units import MiB
 from tests.fake_worker import Knobs
-from tests.memory.conftest import QUICK, Serve, model, slot_of
+from tests.memory.conftest import QUICK, Running, Serve, model, slot_of
+from tests.sparse_model import sparse_model
 
 ROOM = 500 * MiB
 
@@ -106,3 +107,45 @@ async def test_one_that_can_never_fit_is_refused(serve: Serve) -> None:
     with pytest.raises(ModelFailed):
         await running.ask("a", deadline_s=20.0)
     assert slot_of(running.manager).ledger.promised_bytes == 0
+
+
+COLD = Knobs(weights_bytes=104 * MiB, kv_bytes=8 * MiB)
+"""Of a model of eight layers with 200 MiB of weights, as vLLM holds it with six of them in host memory."""
+
+
+async def large(serve: Serve, folder: Path, *others: ModelSpec, device_bytes: int) -> Running:
+    path = sparse_model(folder / "b", layers=8, layer_bytes=24 * MiB, rest_bytes=8 * MiB)
+    spec = eager("b", COLD)
+    worker = replace(spec.worker, path=str(path), kv_cache_bytes=8 * MiB)
+    device = SimulatedDevice.create(folder / "larger", device_bytes, context_bytes=1 * MiB)
+    return await serve(replace(spec, worker=worker), *others, on=device)
+
+
+async def test_one_that_can_never_fit_whole_starts_with_cold_layers(serve: Serve, tmp_path: Path) -> None:
+    running = await large(serve, tmp_path, device_bytes=200 * MiB)
+    assert await running.ask("b")
+    assert (running.state("b")["starts"], running.state("b")["promised_bytes"]) == (1, 113 * MiB)
+    assert running.manager._models["b"].spec.worker.resident_layers == 2
+
+
+async def test_one_that_what_is_pinned_leaves_too_little_starts_with_cold_layers(serve: Serve, tmp_path: Path) -> None:
+    pinned = model("a", Knobs(weights_bytes=170 * MiB), pinned=True)
+    running = await large(serve, tmp_path, pinned, device_bytes=400 * MiB)
+    await running.ask("a")
+    assert running.manager._models["b"].spec.worker.resident_layers is None
+    assert await running.ask("b")
+    assert running.manager._models["b"].spec.worker.resident_layers == 2
+    assert (running.state("b")["starts"], running.state("a")["shown_as"]) == (1, "device")
+    assert running.manager._models["b"].estimate is not None, "its start reserved what it takes so"
+    [told] = [event for event in running.manager.events.recent(100) if event.kind == "streams"]
+    assert "left beside pinned a" in told.reason
+    assert not running.manager.snapshot()["books_wrong"]
+
+
+async def test_one_that_does_not_fit_with_cold_layers_either_is_refused(serve: Serve, tmp_path: Path) -> None:
+    pinned = model("a", Knobs(weights_bytes=300 * MiB), pinned=True)
+    running = await large(serve, tmp_path, pinned, device_bytes=400 * MiB)
+    await running.ask("a")
+    with pytest.raises(ModelDoesNotFit, match="left beside pinned a"):
+        await running.ask("b", deadline_s=20.0)
+    assert running.manager._models["b"].spec.worker.resident_layers is None

@@ -168,13 +168,13 @@ def test_an_engine_of_its_own_interpreter(tmp_path: Path) -> None:
     text = """
         models:
           - {path: a, engine: vllm, engine_python: /v/bin/python, engine_args: {tensor-parallel-size: 2}}
-          - {path: b, engine: vllm, max_num_batched_tokens: 4096}
+          - {path: b, engine: vllm, max_num_batched_tokens: 4096, resident_layers: 12}
           - {path: c}
     """
     config = load_config(write(tmp_path, text))
     a, b, c = (model_spec(model, config).worker for model in config.models)
     assert (a.engine, a.engine_python, a.engine_args) == ("vllm", "/v/bin/python", {"tensor-parallel-size": 2})
-    assert (b.engine_python, b.engine_args) == (None, {"max_num_batched_tokens": 4096})
+    assert (b.engine_python, b.engine_args, b.resident_layers) == (None, {"max_num_batched_tokens": 4096}, 12)
     assert (c.engine, c.engine_args, c.starts_awake) == ("transformers", {}, False)
     assert a.starts_awake
 
@@ -184,7 +184,8 @@ def test_an_engine_of_its_own_interpreter(tmp_path: Path) -> None:
     [
         ("engine_args: {seed: 1}", "engine: vllm"),
         ("engine_python: /v/bin/python", "engine: vllm"),
-        ("engine: vllm, resident_layers: 3", "engine: transformers"),
+        ("engine: vllm, resident_experts: 3", "engine: transformers"),
+        ("engine: vllm, resident_layers: 3, engine_args: {offload-group-size: 4}", "offload-group-size exclude"),
         ("engine: vllm, engine_args: {uds: /tmp/x}", "uds is set by MBALL"),
         ("engine: vllm, engine_args: {lora_modules: [7]}", "NAME=PATH"),
         ("engine: vllm, engine_args: {lora_modules: [a=/x]}", "two models are called 'a'"),

@@ -444,6 +444,12 @@ def fork_engine() -> None:
     utils.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 
+def offload_environment() -> dict[str, str]:
+    """With which a version does offload layers: 0.26's newer model runner takes the options and ignores them. Raises
+    EngineUnsupported."""
+    return {"VLLM_USE_V2_MODEL_RUNNER": "0"} if check_version().startswith("0.26.") else {}
+
+
 def model_of(worker: Any) -> Any:
     """A worker's torch module."""
     return worker.model_runner.get_model()

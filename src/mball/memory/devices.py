@@ -78,6 +78,10 @@ class Devices:
         """The largest budget that it can have."""
         return max(slot.ledger.total_bytes for slot in self.allowed(model))
 
+    def only(self, model: Model) -> bool:
+        """Whether there is one device alone that it may go to."""
+        return len(list(self.allowed(model))) == 1
+
     def elsewhere(self, slot: Slot) -> list[Candidate]:
         """The models of other devices: host memory for images is one for all."""
         others = (m for other in self._slots if other is not slot for m in other.models.values())

@@ -13,7 +13,10 @@ from typing import Any
 
 from mball.errors import CheckpointError
 from mball.loader.checkpoint import Checkpoint
+from mball.memory import vllm_cold
 from mball.memory.spec import WorkerSpec
+from mball.memory.vllm_cold import Cold
+from mball.memory.vllm_options import offloads
 from mball.swap.layers_plan import Sizes, cells_for, expert_sizes_of, sizes_of
 from mball.units import GiB, MiB
 
@@ -22,6 +25,9 @@ DEFAULT_TOKENS_PER_SEQ = 2048
 
 _CONTEXT_BYTES = 1 * GiB
 """What a GPU's context and libraries take at most, for the time before a worker of it was measured."""
+
+_VLLM_BYTES = 2 * GiB
+"""The same of vLLM's, with its graphs."""
 
 _WORKING_BYTES = 64 * MiB
 """The least that is left beside weights and KV."""
@@ -32,10 +38,14 @@ _STORED_AS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "fl
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Weights exactly, as the files' headers say, as far as they stay on the device; KV as the configuration does."""
+    """Weights exactly, as the files' headers say, as far as they stay on the device; KV as the configuration does.
+
+    `cold`: how vLLM is to have layers in host memory (None: it has none there).
+    """
 
     weights_bytes: int
     kv_bytes: int
+    cold: Cold | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -51,12 +61,16 @@ def estimate(spec: WorkerSpec) -> Estimate | None:
         dtype = spec.dtype or config.get("dtype") or config.get("torch_dtype") or stored
         item_bytes = _ITEM_BYTES[dtype]
         kv_bytes = 0 if spec.task == "embed" else _kv_bytes(spec, text, item_bytes)
-        weights_bytes = elements * item_bytes
-        if (sizes := streamed_sizes(spec, checkpoint, int(text["num_hidden_layers"]), item_bytes)) is not None:
+        weights_bytes, cold = elements * item_bytes, None
+        sizes = streamed_sizes(spec, checkpoint, int(text["num_hidden_layers"]), item_bytes)
+        if sizes is not None and spec.engine == "vllm":
+            cold = _cold(spec, sizes, kv_bytes)
+            weights_bytes = weights_bytes if cold is None else cold.held_bytes(sizes)
+        elif sizes is not None:
             weights_bytes = sizes.held_bytes(cells(spec, sizes, kv_bytes))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, CheckpointError):
         return None
-    return Estimate(weights_bytes, kv_bytes)
+    return Estimate(weights_bytes, kv_bytes, cold)
 
 
 def streamed(spec: WorkerSpec, most_bytes: int) -> WorkerSpec | None:
@@ -64,13 +78,37 @@ def streamed(spec: WorkerSpec, most_bytes: int) -> WorkerSpec | None:
 
     None for one that is served so already, that can't be, or that does not fit so either. Reads headers; blocks.
     """
-    if spec.streamed or spec.engine != "transformers" or spec.task != "generate":
+    if spec.streamed or spec.task != "generate":
         return None
+    if spec.engine == "vllm":
+        return _colder(spec, most_bytes)
     for way in (replace(spec, resident_experts="auto"), replace(spec, resident_layers="auto")):
         found = estimate(replace(way, device_memory_bytes=most_bytes))
         if found is not None and found.total_bytes <= most_bytes:
             return way
     return None
+
+
+def _colder(spec: WorkerSpec, most_bytes: int) -> WorkerSpec | None:
+    """In numbers, as vLLM can't be told otherwise once it has started."""
+    if spec.device == "cpu" or offloads(spec.engine_args):
+        return None
+    found = estimate(replace(spec, resident_layers="auto", device_memory_bytes=most_bytes))
+    if found is None or found.cold is None or found.weights_bytes + _beside(spec, found.kv_bytes) > most_bytes:
+        return None
+    return replace(spec, resident_layers=found.cold.num_layers - found.cold.count)
+
+
+def cold_most_bytes(spec: WorkerSpec) -> int | None:
+    """What the weights of a model with cold layers hold of the device at the most, if half of what was to be spared of
+    it is. None where none are cold. Reads headers; blocks."""
+    found, whole = estimate(spec), estimate(replace(spec, resident_layers=None))
+    if found is None or whole is None or found.cold is None:
+        return None
+    # Quantised weights are fewer bytes than their numbers tell.
+    stored_bytes = min(whole.weights_bytes, Checkpoint.open(spec.path).nbytes)
+    half_bytes = stored_bytes * (whole.weights_bytes + found.weights_bytes) // (2 * whole.weights_bytes)
+    return max(half_bytes, found.weights_bytes + _WORKING_BYTES)
 
 
 def streamed_sizes(spec: WorkerSpec, checkpoint: Checkpoint, num_layers: int, item_bytes: int) -> Sizes | None:
@@ -89,6 +127,19 @@ def cells(spec: WorkerSpec, sizes: Sizes, beside_bytes: int) -> int:
     context_bytes = _CONTEXT_BYTES if spec.device.startswith("cuda") else 0
     beside_bytes += context_bytes + _WORKING_BYTES
     return cells_for(wish, sizes, limit_bytes=spec.device_memory_bytes, beside_bytes=beside_bytes)
+
+
+def _cold(spec: WorkerSpec, sizes: Sizes, kv_bytes: int) -> Cold | None:
+    if isinstance(spec.resident_layers, int):
+        return vllm_cold.staying(sizes.count, spec.resident_layers)
+    if spec.device_memory_bytes is None:
+        return None
+    # An eighth of the weights for what is not known yet, as everywhere.
+    return vllm_cold.fitting(sizes, (spec.device_memory_bytes - _beside(spec, kv_bytes)) * 8 // 9)
+
+
+def _beside(spec: WorkerSpec, kv_bytes: int) -> int:
+    return kv_bytes + _WORKING_BYTES + (_VLLM_BYTES if spec.device.startswith("cuda") else 0)
 
 
 def kv_blocks(spec: WorkerSpec, longest: int | None, block_bytes: int) -> int:

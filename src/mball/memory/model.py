@@ -221,7 +221,7 @@ class Model:
         layers, experts = worker.resident_layers, worker.resident_experts
         changed = replace(self.spec.worker, resident_layers=layers, resident_experts=experts)
         self.spec = replace(self.spec, worker=changed)
-        self.hello, self.figures, self.estimate = None, Figures(), None
+        self.hello, self.figures, self.estimate, self.revision = None, Figures(), None, ""
 
     def alter(self, spec: ModelSpec) -> None:
         """Takes what its worker need not know; what its operator pinned by hand stays where that was not altered."""

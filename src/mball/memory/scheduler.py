@@ -25,7 +25,7 @@ from mball.errors import (
     WorkerNotStarted,
 )
 from mball.memory.allowance import Allowance
-from mball.memory.estimate import streamed
+from mball.memory.estimate import estimate, streamed
 from mball.memory.events import Events
 from mball.memory.images import Images
 from mball.memory.look import Bring, Look, Standing
@@ -250,12 +250,9 @@ class Scheduler:
         except ModelDoesNotFit:
             # On a larger device it may fit: the next step places it anew.
             if model.certain_bytes > (most := self._devices.most_bytes(model)):
-                why, spec = does_not_fit(model, most), replace(model.spec.worker, device=self._slot.device.name)
-                if (better := await asyncio.to_thread(streamed, spec, most)) is None:
+                why = does_not_fit(model, most)
+                if not await self._streams(model, most, why):
                     self._fail(model, why, fits=False)
-                else:
-                    model.stream(better)
-                    self._events.record("streams", model.name, why, level="warning")
         except WorkerNotStarted as error:
             model.error = str(error)
             if error.final:
@@ -267,6 +264,24 @@ class Scheduler:
             self._count_crash(model, None)
         finally:
             self._starting -= 1
+            model.moving = False
+
+    async def _streams(self, model: Model, most_bytes: int, why: str) -> bool:
+        """From its next start on a part of it is streamed, if it fits so and not otherwise."""
+        spec = replace(model.spec.worker, device=self._slot.device.name, device_memory_bytes=None)
+        if (better := await asyncio.to_thread(streamed, spec, most_bytes)) is None:
+            return False
+        found = await asyncio.to_thread(estimate, replace(better, device_memory_bytes=most_bytes))
+        model.stream(better)
+        model.estimate = found
+        self._events.record("streams", model.name, why, level="warning")
+        return True
+
+    async def _comes_colder(self, model: Model, room_bytes: int, refuse: Callable[[], None], why: str) -> None:
+        try:
+            if not await self._streams(model, room_bytes, why):
+                refuse()
+        finally:
             model.moving = False
 
     async def _bring(self, model: Model, bring: Bring) -> None:
@@ -390,7 +405,16 @@ class Scheduler:
             ways.append("end those")
         lacks = f"{model.name}: needs {format_bytes(nbytes)} more, but {format_bytes(max(0, left))} are left beside"
         retry_after_s = self._settings.cool_down_s if foreign_bytes else None
-        self._refuse(model, ModelDoesNotFit, f"{lacks} {' and '.join(beside)}: {' or '.join(ways)}", retry_after_s)
+        why = f"{lacks} {' and '.join(beside)}: {' or '.join(ways)}"
+        refuse = partial(self._refuse, model, ModelDoesNotFit, why, retry_after_s)
+        # What others hold may go again, and layers that are cold stay so.
+        room_bytes = left + foreign_bytes
+        worker = model.spec.worker
+        if not worker.starts_awake or worker.streamed or alive or nbytes <= room_bytes or not self._devices.only(model):
+            refuse()
+            return
+        model.moving = True
+        self._spawn(self._comes_colder(model, room_bytes, refuse, why), f"layers of {model.name}")
 
     def _comes_with_less(self, model: Model, lacking_bytes: int) -> bool:
         """Whether one whose layers may be streamed can do without so much; then it comes so."""

@@ -21,6 +21,7 @@ from mball.loader.vllm_names import (
     TENANT_MIDDLEWARE,
 )
 from mball.memory.spec import WorkerSpec
+from mball.memory.vllm_cold import Cold
 
 OURS = frozenset(
     {
@@ -88,6 +89,23 @@ def check_kv(kv_arena_bytes: int | None, engine_args: Mapping[str, Any]) -> None
         raise ConfigError(f"kv_arena_bytes: prefix_caching_hash_algo is {name}, which others can make collide: {_HASH}")
 
 
+def offloads(engine_args: Mapping[str, Any]) -> list[str]:
+    """Options of its own by which vLLM is told to keep weights in host memory."""
+    return [name for name, value in engine_args.items() if name.replace("-", "_") in _OFFLOADING and value]
+
+
+def check_cold(spec: WorkerSpec) -> None:
+    """Raises ConfigError where layers are to be in host memory and can't be."""
+    if spec.resident_layers is None:
+        return
+    if not spec.device.startswith("cuda"):
+        raise ConfigError(
+            f"{spec.model}: resident_layers: vLLM has layers in host memory for a GPU alone: leave it out"
+        )
+    if given := offloads(spec.engine_args):
+        raise ConfigError(f"resident_layers and engine_args: {', '.join(given)} exclude each other: leave one out")
+
+
 def keeps_kv(spec: WorkerSpec) -> bool:
     """Whether its KV blocks go to host memory, and to the swap store where there is one."""
     caching = spec.enable_prefix_caching and spec.engine_args.get("enable_prefix_caching", True)
@@ -104,10 +122,12 @@ def engine_id(spec: WorkerSpec) -> str:
     return f"mball-{hashlib.sha256(spec.socket_path.encode()).hexdigest()[:16]}"
 
 
-def arguments(spec: WorkerSpec, kv_bytes: int) -> list[str]:
-    """vLLM's options; those that are not given are its own to choose. Raises ConfigError."""
+def arguments(spec: WorkerSpec, kv_bytes: int, cold: Cold | None = None) -> list[str]:
+    """vLLM's options; those that are not given are its own to choose. `cold`: its layers in host memory. Raises
+    ConfigError."""
     check_engine_args(spec.engine_args)
     check_kv(spec.kv_arena_bytes, spec.engine_args)
+    check_cold(spec)
     options: dict[str, Any] = {
         "model": spec.path,
         "served_model_name": spec.model,
@@ -127,6 +147,8 @@ def arguments(spec: WorkerSpec, kv_bytes: int) -> list[str]:
         options["worker_extension_cls"] = CUDA_EXTENSION
     else:
         options["worker_cls"] = CPU_WORKER
+    if cold is not None:
+        options |= {"offload_backend": "prefetch", **cold.options()}
     if keeps_kv(spec):
         # What of a prompt was not computed is told in `usage`, as the embedded engine tells it.
         told = {"prefix_caching_hash_algo": _HASH, "enable_prompt_tokens_details": True}
@@ -186,6 +208,8 @@ def _words(name: str, value: Any) -> Iterator[str]:
         case _:
             yield from (option, str(value))
 
+
+_OFFLOADING = frozenset({"offload_backend", "offload_group_size", "cpu_offload_gb"})
 
 _HASH = "sha256_cbor"
 _HASHES = ("sha256", "sha256_cbor")

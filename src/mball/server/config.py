@@ -20,7 +20,7 @@ from pydantic_settings import (
 )
 
 from mball.errors import ConfigError
-from mball.memory.vllm_options import adapters, check_engine_args, check_kv
+from mball.memory.vllm_options import adapters, check_engine_args, check_kv, offloads
 from mball.swap.layout import SLOT_BYTES
 from mball.units import GiB, MiB, parse_bytes
 
@@ -81,7 +81,8 @@ class ModelConfig(BaseModel):
     resident_layers: Literal["auto"] | Annotated[int, Field(ge=0)] | None = Field(
         default=None,
         description="Layers that stay on the device while the others are streamed through it: a number, or auto for as "
-        "many as fit; by default all, and auto for a model that can never fit whole.",
+        "many as fit; by default all, and auto for a model that can never fit whole. With vllm the others are in its "
+        "own host memory, as long as its process lives, and on a GPU alone.",
     )
     resident_experts: Literal["auto"] | Annotated[int, Field(ge=0)] | None = Field(
         default=None,
@@ -115,8 +116,10 @@ class ModelConfig(BaseModel):
         if self.engine == "transformers" and (self.engine_args or self.engine_python):
             raise ValueError("engine_python and engine_args are for engine: vllm")
         if self.engine == "vllm":
-            if self.resident_layers is not None or self.resident_experts is not None:
-                raise ValueError("resident_layers and resident_experts are for engine: transformers")
+            if self.resident_experts is not None:
+                raise ValueError("resident_experts are for engine: transformers; vllm has resident_layers")
+            if self.resident_layers is not None and (given := offloads(self.engine_args)):
+                raise ValueError(f"resident_layers and engine_args: {', '.join(given)} exclude each other")
             try:
                 check_engine_args(self.engine_args)
                 check_kv(self.kv_arena_bytes, self.engine_args)

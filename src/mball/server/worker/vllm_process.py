@@ -20,14 +20,15 @@ import time
 from pathlib import Path
 
 from mball.device import prctl
-from mball.errors import ConfigError, MballError, TransitionError
+from mball.errors import ConfigError, EngineUnsupported, MballError, TransitionError
 from mball.loader import vllm_compat
 from mball.loader.checkpoint import Checkpoint
 from mball.loader.sampled import sampled
 from mball.loader.vllm_names import TRITON_ENVIRONMENT
 from mball.memory import control, vllm_options
-from mball.memory.estimate import estimate
+from mball.memory.estimate import cold_most_bytes, estimate
 from mball.memory.spec import WorkerSpec
+from mball.memory.vllm_cold import Cold
 from mball.server.worker.manners import stopped_by_signals
 from mball.server.worker.vllm_door import Door
 from mball.server.worker.vllm_forked import Server, Start, fresh
@@ -62,8 +63,9 @@ async def run(control_fd: int, spec: WorkerSpec, start: Start = fresh) -> int:
     with stopped_by_signals(stopping), contextlib.closing(channel):
         try:
             vllm_compat.check_version()
-            arguments = vllm_options.arguments(spec, kv_bytes(spec))
-            environment = await asyncio.to_thread(_environment, spec)
+            cold = await asyncio.to_thread(cold_layers, spec)
+            arguments = vllm_options.arguments(spec, kv_bytes(spec), cold)
+            environment = await asyncio.to_thread(_environment, spec, cold)
         except MballError as error:
             with contextlib.suppress(control.ChannelClosed):
                 await channel.send({"event": "failed", "error": str(error)})
@@ -91,8 +93,27 @@ def kv_bytes(spec: WorkerSpec) -> int:
     raise ConfigError(f"{spec.model}: give kv_cache_memory_bytes: its files don't tell how large its KV cache is to be")
 
 
-def _environment(spec: WorkerSpec) -> dict[str, str]:
-    inherited = dict(os.environ)
+def cold_layers(spec: WorkerSpec) -> Cold | None:
+    """Those that are to be in host memory. Raises ConfigError where the files don't tell which."""
+    if spec.resident_layers is None:
+        return None
+    if (found := estimate(spec)) is None:
+        raise ConfigError(f"{spec.model}: resident_layers: its files don't tell what its layers take: leave it out")
+    return found.cold
+
+
+def check_fell(spec: WorkerSpec, weights_bytes: int) -> None:
+    """Raises EngineUnsupported where layers that were to be in host memory are on the device all the same."""
+    if (most_bytes := cold_most_bytes(spec)) is not None and weights_bytes > most_bytes:
+        raise EngineUnsupported(
+            f"{spec.model}: vLLM {vllm_compat.version()} took the options for cold layers and keeps "
+            f"{format_bytes(weights_bytes)} of weights on the device, not {format_bytes(most_bytes)} at most: leave "
+            "resident_layers out and give it a device where it fits, or use engine: transformers"
+        )
+
+
+def _environment(spec: WorkerSpec, cold: Cold | None) -> dict[str, str]:
+    inherited = dict(os.environ) | ({} if cold is None else vllm_compat.offload_environment())
     if (home := inherited.get("HOME")) is not None:
         root = inherited.setdefault("VLLM_CACHE_ROOT", str(cache_folder(spec, Path(home))))
         inherited.setdefault(TRITON_ENVIRONMENT, str(Path(root, "triton")))
@@ -178,6 +199,12 @@ async def _answer(
     stages = await start_stages(client, began, healthy)
     sys.stderr.write(json.dumps({"event": "vllm started", "model": spec.model, **stages}) + "\n")
     awake, loaded = await describe(client), await fingerprints(client)
+    try:
+        await asyncio.to_thread(check_fell, spec, awake.weights_bytes)
+    except EngineUnsupported as error:
+        with contextlib.suppress(control.ChannelClosed):
+            await channel.send({"event": "failed", "error": str(error)})
+        raise
     held = awake.weights_bytes + awake.kv_bytes if awake.free_bytes is None else 0
     with contextlib.suppress(control.ChannelClosed):
         await channel.send(

@@ -92,8 +92,10 @@ class VllmVerbs:
         self._store: tuple[int, Message] | None = None
         self._asleep: int | None = None
         self._fingerprints = loaded
-        # An adapter's weights are in none of the model's files.
-        self._forgets = not any(name.replace("-", "_") == "enable_lora" for name in spec.engine_args)
+        # An adapter's weights are in none of the model's files, and a reload would fill the buffers that cold layers
+        # pass through with the last of them.
+        adapters = any(name.replace("-", "_") == "enable_lora" for name in spec.engine_args)
+        self._forgets = not adapters and spec.resident_layers is None
 
     def table(self) -> dict[str, Handler]:
         return {
@@ -259,7 +261,7 @@ class VllmVerbs:
         no_descriptor(fd)
         async with self._moving:
             if self._asleep == 1 and not self._forgets:
-                raise TransitionError("image: its adapters' weights are in it alone")
+                raise TransitionError("image: its adapters' weights, or those beside its cold layers, are in it alone")
             parts = await self._client.rpc("mball_drop_image", deadline_s=MOVE_S)
             self._image = False
             if any(part["lost"] for part in parts):
