@@ -63,11 +63,13 @@ async def test_figures_are_kept_over_a_restart(
         before = first.state("a")
         assert before["known_from"] == "measured"
         assert before["needed_bytes"] == 81 * MiB
+        first.manager._models["a"].figures.busy.add(5, 0.0, used=True)
     async with running(spec, device, runtime_dir, state) as second:
         after = second.state("a")
         assert after["pid"] is None
         assert after["known_from"] == "measured"
         assert after["needed_bytes"] == 81 * MiB
+        assert second.manager._models["a"].figures.busy.value == 5
         assert after["promote_s"] == before["promote_s"] >= 0.2
         assert 0 < after["rate"] <= before["rate"]
     (Path(spec.worker.path) / "config.json").write_text(json.dumps({**CONFIG, "rope_theta": 1}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 from dataclasses import replace
@@ -107,6 +108,23 @@ async def test_one_that_can_never_fit_is_refused(serve: Serve) -> None:
     with pytest.raises(ModelFailed):
         await running.ask("a", deadline_s=20.0)
     assert slot_of(running.manager).ledger.promised_bytes == 0
+
+
+async def test_a_start_is_told_how_busy_it_was_lately(serve: Serve) -> None:
+    running = await serve(eager("a", Knobs(token_s=0.3)))
+    busy = running.manager._models["a"].figures.busy
+    asked = [asyncio.create_task(running.ask("a")) for _ in range(3)]
+    await running.until(lambda: busy.value == 3)
+    first = running.manager._models["a"].worker
+    assert first is not None
+    assert first.spec.busy_requests == 0, "not known yet"
+    await asyncio.gather(*asked)
+    os.kill(running.state("a")["pid"], signal.SIGKILL)
+    await running.until(lambda: running.state("a")["process"] == "gone")
+    await running.ask("a")
+    second = running.manager._models["a"].worker
+    assert second is not None
+    assert second.spec.busy_requests == 3
 
 
 COLD = Knobs(weights_bytes=104 * MiB, kv_bytes=8 * MiB)

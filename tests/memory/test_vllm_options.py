@@ -9,7 +9,17 @@ import pytest
 
 from mball.errors import ConfigError
 from mball.memory.spec import WorkerSpec
-from mball.memory.vllm_options import OURS, adapters, arguments, check_kv, engine_id, environment, keeps_kv, kv_socket
+from mball.memory.vllm_options import (
+    OURS,
+    adapters,
+    arguments,
+    capture_size,
+    check_kv,
+    engine_id,
+    environment,
+    keeps_kv,
+    kv_socket,
+)
 
 SPEC = WorkerSpec("m", "/models/m", socket_path="/run/m.sock", engine="vllm", max_num_seqs=4)
 
@@ -57,6 +67,28 @@ def test_what_is_mballs_to_set_is_refused(name: str) -> None:
     for spelled in (name, name.replace("_", "-")):
         with pytest.raises(ConfigError, match=spelled):
             given(**{spelled: 1})
+
+
+@pytest.mark.parametrize(
+    ("busy", "most", "expected"),
+    [(0, 256, None), (1, 256, 32), (16, 256, 32), (17, 256, 64), (100, 256, 256), (129, 256, None), (3, 16, None)],
+)
+def test_graphs_are_captured_of_what_is_asked_at_once(busy: int, most: int, expected: int | None) -> None:
+    spec = replace(SPEC, device="cuda:GPU-1", max_num_seqs=most, busy_requests=busy)
+    assert capture_size(spec) == expected
+    words = " ".join(arguments(spec, 1))
+    assert (f"--max-cudagraph-capture-size {expected} " in words) == (expected is not None)
+    assert ("capture" in words) == (expected is not None)
+
+
+@pytest.mark.parametrize(
+    "name", ["compilation-config", "enforce_eager", "cudagraph_capture_sizes", "speculative_config"]
+)
+def test_what_the_operator_says_of_graphs_is_left_alone(name: str) -> None:
+    spec = replace(SPEC, device="cuda:GPU-1", max_num_seqs=256, busy_requests=3)
+    assert capture_size(replace(spec, engine_args={name: 1})) is None
+    assert capture_size(replace(spec, device="cpu")) is None
+    assert capture_size(replace(spec, engine_args={"seed": 1})) == 32
 
 
 def test_development_routes_are_open_and_nothing_is_reported_home() -> None:

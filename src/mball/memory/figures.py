@@ -13,8 +13,8 @@ _WINDOW_S = 60.0
 
 @dataclass
 class HighWater:
-    """The most that was held. It rises at once, and comes down by three tenths of the way for each minute in which the
-    model was used and held less: one that does nothing shows nothing of what it needs."""
+    """The most that was held, or was asked at once. It rises at once, and comes down by three tenths of the way for
+    each minute in which the model was used and held less: one that does nothing shows nothing of what it needs."""
 
     value: int = 0
     peak: int = 0
@@ -53,7 +53,8 @@ class Needs:
 @dataclass
 class Figures:
     """Smoothed. `load_rate` in bytes a second and `last_swap_s` are of the last promotion; `source_rate` is that at
-    which its files are read; `balloon_s` is what taking back what a balloon took lasts. `needs` are kept for the time
+    which its files are read; `balloon_s` is what taking back what a balloon took lasts; `busy` is how many
+    requests were inside at once. `needs` are kept for the time
     when no worker lives."""
 
     start_s: Smoothed = field(default_factory=Smoothed)
@@ -62,6 +63,7 @@ class Figures:
     source_rate: Smoothed = field(default_factory=Smoothed)
     promote_s: dict[Weights, Smoothed] = field(default_factory=lambda: {w: Smoothed() for w in Weights})
     held: HighWater = field(default_factory=HighWater)
+    busy: HighWater = field(default_factory=HighWater)
     needs: Needs | None = None
     load_rate: float | None = None
     last_swap_s: float | None = None

@@ -35,6 +35,7 @@ class Kept(BaseModel):
     balloon_s: _Seconds | None = None
     promote_s: dict[str, _Seconds] = Field(default_factory=dict)
     held_bytes: _Bytes = 0
+    busy_requests: Annotated[int, Field(ge=0)] = 0
     context_bytes: _Bytes = 0
     weights_bytes: _Bytes = 0
     kv_bytes: _Bytes = 0
@@ -54,6 +55,7 @@ class Kept(BaseModel):
             balloon_s=figures.balloon_s.value,
             promote_s={rung.value: s.value for rung, s in figures.promote_s.items() if s.value is not None},
             held_bytes=figures.held.value,
+            busy_requests=figures.busy.value,
             context_bytes=needs.context_bytes,
             weights_bytes=needs.weights_bytes,
             kv_bytes=needs.kv_bytes,
@@ -67,6 +69,7 @@ class Kept(BaseModel):
         figures.start_s.value, figures.demote_s.value = self.start_s, self.demote_s
         figures.source_rate.value = self.source_rate
         figures.balloon_s.value, figures.held.value = self.balloon_s, self.held_bytes
+        figures.busy.value = self.busy_requests
         for rung in Weights:
             figures.promote_s[rung].value = self.promote_s.get(rung.value)
         if self.weights_bytes:

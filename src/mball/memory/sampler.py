@@ -109,6 +109,8 @@ class Sampler:
     async def _take(self, model: Model) -> None:
         if not _at_rest(model):
             return
+        inside = model.queue.in_flight
+        model.figures.busy.add(inside, time.monotonic(), used=inside > 0)
         transitions = self._slot.transitions
         try:
             held = await transitions.measure(model)

@@ -22,10 +22,11 @@ class WorkerSpec:
     streamed through it: as many as fit (`auto`), a number, or None for all (a manager that sees that they can never fit
     says `auto` itself).
     `resident_experts` says so of a mixture's experts, counted over all layers; one of the two is given at most.
-    `device_memory_bytes` is what `auto` may take in all (None: there is no limit). `enable_prefix_caching`: KV of
-    sequences that ended is kept for those that begin alike. `kv_arena_bytes` of host memory are for KV blocks that left
-    the device (None: a modest part on a GPU, none on the CPU); a store of blocks is used through it. `engine_python` is
-    the interpreter of an engine that has one of its own, `engine_args` are options by that engine's names.
+    `device_memory_bytes` is what `auto` may take in all (None: there is no limit). `busy_requests`: how many were
+    inside at once lately (0: not known). `enable_prefix_caching`: KV of sequences that ended is kept for those that
+    begin alike. `kv_arena_bytes` of host memory are for KV blocks that left the device (None: a modest part on a GPU,
+    none on the CPU); a store of blocks is used through it. `engine_python` is the interpreter of an engine that has one
+    of its own, `engine_args` are options by that engine's names.
     """
 
     model: str
@@ -45,6 +46,7 @@ class WorkerSpec:
     resident_layers: int | Literal["auto"] | None = None
     resident_experts: int | Literal["auto"] | None = None
     device_memory_bytes: int | None = None
+    busy_requests: int = 0
     enable_prefix_caching: bool = True
     kv_arena_bytes: int | None = None
     engine: Engine = "transformers"

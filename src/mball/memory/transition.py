@@ -432,6 +432,7 @@ class Transitions:
             socket_path=str(path),
             device=self._device.name,
             device_memory_bytes=self._ledger.total_bytes,
+            busy_requests=model.figures.busy.value,
         )
 
     def _log_of(self, model: Model) -> Path:

@@ -106,6 +106,17 @@ def check_cold(spec: WorkerSpec) -> None:
         raise ConfigError(f"resident_layers and engine_args: {', '.join(given)} exclude each other: leave one out")
 
 
+def capture_size(spec: WorkerSpec) -> int | None:
+    """The largest batch that vLLM is to capture a graph of: twice what was asked at once lately, as a power of two, and
+    not so few that a busier day would suffer for it. None where it is vLLM's to choose, or would be as large."""
+    given = {name.replace("-", "_") for name in spec.engine_args}
+    if not spec.busy_requests or not spec.device.startswith("cuda") or given & _CAPTURING:
+        return None
+    wanted = 1 << (2 * spec.busy_requests - 1).bit_length()
+    size = max(_LEAST_CAPTURED, wanted)
+    return size if size < min(2 * spec.max_num_seqs, _MOST_CAPTURED) else None
+
+
 def keeps_kv(spec: WorkerSpec) -> bool:
     """Whether its KV blocks go to host memory, and to the swap store where there is one."""
     caching = spec.enable_prefix_caching and spec.engine_args.get("enable_prefix_caching", True)
@@ -133,6 +144,7 @@ def arguments(spec: WorkerSpec, kv_bytes: int, cold: Cold | None = None) -> list
         "served_model_name": spec.model,
         "load_format": LOAD_FORMAT,
         "max_num_seqs": spec.max_num_seqs,
+        "max_cudagraph_capture_size": capture_size(spec),
         "max_model_len": spec.max_model_len,
         "dtype": spec.dtype,
         "trust_remote_code": spec.trust_remote_code or None,
@@ -208,6 +220,24 @@ def _words(name: str, value: Any) -> Iterator[str]:
         case _:
             yield from (option, str(value))
 
+
+_LEAST_CAPTURED = 32
+_MOST_CAPTURED = 512
+"""vLLM's own bound; by itself it takes twice `max_num_seqs`."""
+
+_CAPTURING = frozenset(
+    {
+        "compilation_config",
+        "cudagraph_capture_sizes",
+        "enforce_eager",
+        "max_cudagraph_capture_size",
+        "max_num_seqs",
+        "optimization_level",
+        "performance_mode",
+        "speculative_config",
+    }
+)
+"""With one of these the operator, or what decodes several tokens at once, says what is captured."""
 
 _OFFLOADING = frozenset({"offload_backend", "offload_group_size", "cpu_offload_gb"})
 
