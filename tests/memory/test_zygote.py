@@ -246,6 +246,7 @@ def test_a_worker_whose_manager_is_gone_does_not_begin(runtime_dir: Path) -> Non
             "environment": {},
             "log": str(runtime_dir / "l"),
             "manager": 1 << 22,
+            "zygote_environment": {},
         }
         socket.send_fds(ours, [json.dumps(message).encode()], [other.fileno()])
         pid = json.loads(ours.recv(65536))["result"]["pid"]

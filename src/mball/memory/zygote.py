@@ -2,7 +2,8 @@
 
 zygote → manager   {"event": "hello", "pid": …}           its imports are done, and it may fork
                    {"event": "failed", "error": …}        it may not; it ends after that
-manager → zygote   {"id": 1, "verb": "fork", "spec": …, "environment": …, "log": …, "manager": pid}, and the
+manager → zygote   {"id": 1, "verb": "fork", "spec": …, "environment": …,
+                   "zygote_environment": …, "log": …, "manager": pid}, and the
                    worker's end of its control channel
 zygote → manager   {"id": 1, "result": {"pid": …}}        its worker, which is the manager's child by now
 """
@@ -85,6 +86,7 @@ class Zygote:
                 fd=channel.fileno(),
                 spec=spec.to_json(),
                 environment=dict(environment),
+                zygote_environment=dict(ours),
                 log=str(log),
                 manager=os.getpid(),
             )

@@ -15,6 +15,7 @@ from mball.memory.nursery import Nursery
 from mball.memory.process import Hello, WorkerProcess
 from mball.memory.settings import Settings
 from mball.memory.spec import WorkerSpec
+from mball.server.worker.zygote import merged
 from mball.units import MiB
 
 COMMAND = (sys.executable, "-m", "mball.server.worker")
@@ -37,6 +38,13 @@ async def answer(nursery: Nursery, spec: WorkerSpec, folder: Path) -> tuple[str,
         return text, hello, psutil.Process(worker.pid).cmdline()
     finally:
         await worker.stop(SETTINGS)
+
+
+def test_what_an_interpreters_script_sets_stays_set() -> None:
+    before = {"PYTHONPATH": "/mball", "OMP_NUM_THREADS": "1", "HOME": "/h"}
+    given = {"PYTHONPATH": "/mball", "OMP_NUM_THREADS": "4", "HOME": "/h", "CUDA_VISIBLE_DEVICES": "1"}
+    own = {**before, "PYTHONPATH": "/mball:/engine", "IMPORTED": "yes"}
+    assert merged(given, before, own) == {**given, "PYTHONPATH": "/mball:/engine", "IMPORTED": "yes"}
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,13 @@ def _work(work: Work) -> int:
 
     configure_logging()
     return asyncio.run(process.run(work.control_fd, work.spec))
+
+
+def _target(fd: int) -> str:
+    try:
+        return str(Path(f"/proc/self/fd/{fd}").readlink())
+    except FileNotFoundError:
+        return ""
 
 
 def attend(sock: socket.socket) -> Work | None:
@@ -145,10 +152,17 @@ def _begin(message: dict[str, Any], control_fd: int, go_fd: int) -> Work:
     )
     _redirect(message["log"])
     _close_all_but(control_fd)
+    environment = merged(message["environment"], message["zygote_environment"], dict(os.environ))
     os.environ.clear()
-    os.environ.update(message["environment"])
+    os.environ.update(environment)
     _reseed()
     return Work(control_fd, spec)
+
+
+def merged(given: Mapping[str, str], before: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    """A worker's environment: what the manager gives it, and what the zygote's `own` has that was not given `before`.
+    A script that stands for an interpreter sets what that needs, and modules set some when they are imported."""
+    return {**given, **{name: value for name, value in own.items() if before.get(name) != value}}
 
 
 def _redirect(log: str) -> None:
@@ -160,7 +174,8 @@ def _redirect(log: str) -> None:
 
 def _close_all_but(control_fd: int) -> None:
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
-        if (fd := int(name)) > 2 and fd != control_fd:
+        # NVML goes on by the numbers of its own.
+        if (fd := int(name)) > 2 and fd != control_fd and not _target(fd).startswith("/dev/nvidia"):
             try:
                 os.close(fd)
             except OSError:
