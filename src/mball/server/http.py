@@ -15,9 +15,9 @@ from typing import Any, NoReturn, TypeVar
 import structlog
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.types import Message, Receive
+from starlette.types import Message, Receive, Scope
 
 from mball.errors import InvalidRequest, MballError, PayloadTooLarge, RequestError, Unauthorized, Unavailable
 from mball.units import format_bytes
@@ -39,19 +39,29 @@ _ANTHROPIC_TYPES = {
 }
 
 
+def header(scope: Scope, name: bytes) -> str | None:
+    """The first of a request's headers of a name in lower case. A framework's own mapping of them, which decodes each
+    that it passes, is for where nobody waits."""
+    for each, value in scope["headers"]:
+        if each == name:
+            return bytes(value).decode("latin-1")
+    return None
+
+
 async def read_body(request: Request, max_body_bytes: int) -> bytes:
     """The whole body. Raises PayloadTooLarge as soon as it is over the limit, InvalidRequest where the client left."""
-    declared = request.headers.get("content-length", "0")
+    declared = header(request.scope, b"content-length") or "0"
     if declared.isdecimal() and int(declared) > max_body_bytes:
         raise _too_large(max_body_bytes)
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_body_bytes:
-                raise _too_large(max_body_bytes)
-    except ClientDisconnect:
-        raise InvalidRequest("the client left before its body was whole") from None
+    body, more = bytearray(), True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise InvalidRequest("the client left before its body was whole")
+        body += message.get("body", b"")
+        if len(body) > max_body_bytes:
+            raise _too_large(max_body_bytes)
+        more = message.get("more_body", False)
     return bytes(body)
 
 

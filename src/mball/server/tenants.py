@@ -3,11 +3,13 @@ comes tells nothing of what others asked."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 HEADER = "x-mball-tenant"
 
 
+@functools.lru_cache(maxsize=1024)
 def tenant(key_name: str) -> str:
     """Of a key, by its name; "" where there are no keys."""
     return hashlib.sha256(key_name.encode()).hexdigest() if key_name else ""

@@ -14,14 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mball.errors import Forbidden, RateLimited, Unauthorized, UnknownModel
 from mball.memory.rates import Smoothed
-from mball.server.http import error_response, on_http_error
+from mball.server.http import error_response, header, on_http_error
 
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/ui"})
 """Open to everybody: a probe of an orchestrator has no key, and learns nothing of the models; nor does the page, which
@@ -165,7 +164,7 @@ class Access:
             await self._app(scope, receive, send)
             return
         try:
-            key = self._admit(scope["path"], Headers(scope=scope))
+            key = self._admit(scope)
         except (Unauthorized, Forbidden) as error:
             await error_response(error, scope["path"])(scope, receive, send)
             return
@@ -176,10 +175,11 @@ class Access:
         scope.setdefault("state", {})["key"] = key
         await self._app(scope, receive, send)
 
-    def _admit(self, path: str, headers: Headers) -> Key:
+    def _admit(self, scope: Scope) -> Key:
+        path = scope["path"]
         if not self._keys or path in PUBLIC_PATHS:
             return NOBODY
-        key = self._find(headers)
+        key = self._find(scope)
         if key is None:
             raise Unauthorized("no valid API key: send it as `Authorization: Bearer KEY` (`mball keys new` makes one)")
         if _is_admin(path) and not key.admin:
@@ -193,10 +193,10 @@ class Access:
         server = scope.get("server")
         return server is None or server[1] != self._admin_port
 
-    def _find(self, headers: Headers) -> Key | None:
-        scheme, _, given = headers.get("authorization", "").partition(" ")
+    def _find(self, scope: Scope) -> Key | None:
+        scheme, _, given = (header(scope, b"authorization") or "").partition(" ")
         if scheme.lower() != "bearer":
-            given = headers.get("x-api-key", "")
+            given = header(scope, b"x-api-key") or ""
         found, wanted = None, digest(given.strip().encode())
         # All are compared, whichever it is: the time tells nothing of where it stands, or how far it agrees.
         for key in self._keys:

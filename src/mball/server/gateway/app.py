@@ -121,7 +121,8 @@ def _forwarding(
 def _endpoint(live: Live, forward: Forwarding) -> Endpoint:
     async def endpoint(request: Request) -> Response:
         call = await read_call(request, live.config.max_body_bytes)
-        return forward(call, request.state.key, request.scope["path"], request.state.request_id)
+        state = request.scope["state"]
+        return forward(call, state["key"], request.scope["path"], state["request_id"])
 
     return endpoint
 

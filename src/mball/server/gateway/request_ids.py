@@ -6,10 +6,12 @@ import random
 import re
 
 import structlog
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mball.server.http import header
+
 HEADER = "x-request-id"
+_NAME = HEADER.encode()
 
 _VALID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 """No blank, quote, line end or control character: what is not so never gets into a log or a header."""
@@ -26,12 +28,12 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(HEADER, "")
+        given = header(scope, _NAME) or ""
         request_id = given if _VALID.fullmatch(given) else random.randbytes(16).hex()
         scope.setdefault("state", {})["request_id"] = request_id
         # The request's task has a context of its own, which ends with it.
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        head = (HEADER.encode(), request_id.encode())
+        head = (_NAME, request_id.encode())
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":

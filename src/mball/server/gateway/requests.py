@@ -7,15 +7,15 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.datastructures import Headers
 from starlette.requests import Request
 
 from mball.errors import InvalidRequest
-from mball.server.http import parse_object, read_body
+from mball.server.http import header, parse_object, read_body
 
 TIMEOUT_HEADER = "x-request-timeout"
 PRIORITY_HEADER = "x-request-priority"
 PROGRESS_HEADER = "x-mball-progress"
+_TIMEOUT, _PRIORITY, _PROGRESS = TIMEOUT_HEADER.encode(), PRIORITY_HEADER.encode(), PROGRESS_HEADER.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class Call:
 async def read_call(request: Request, max_body_bytes: int) -> Call:
     """Raises PayloadTooLarge as soon as the body is over the limit, InvalidRequest for what is not a request."""
     began_s = time.monotonic()
-    timeout_s = _timeout(request.headers)
+    scope = request.scope
+    timeout_s = _timeout(header(scope, _TIMEOUT))
     body = await read_body(request, max_body_bytes)
     fields = parse_object(body)
     model = fields.get("model")
@@ -48,14 +49,14 @@ async def read_call(request: Request, max_body_bytes: int) -> Call:
     stream = fields.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise InvalidRequest("`stream` must be true or false", param="stream")
-    progress = request.headers.get(PROGRESS_HEADER, "").lower() in ("1", "true")
-    return Call(body, model, bool(stream), _priority(fields, request.headers), timeout_s, began_s, progress)
+    progress = (header(scope, _PROGRESS) or "").lower() in ("1", "true")
+    return Call(body, model, bool(stream), _priority(fields, header(scope, _PRIORITY)), timeout_s, began_s, progress)
 
 
-def _priority(fields: dict[str, Any], headers: Headers) -> int | None:
+def _priority(fields: dict[str, Any], given: str | None) -> int | None:
     """vLLM's `priority` of the body; else the header, which an engine without priorities never sees."""
     priority = fields.get("priority")
-    if priority is None and (given := headers.get(PRIORITY_HEADER)) is not None:
+    if priority is None and given is not None:
         try:
             return int(given)
         except ValueError:
@@ -65,8 +66,8 @@ def _priority(fields: dict[str, Any], headers: Headers) -> int | None:
     return priority
 
 
-def _timeout(headers: Headers) -> float | None:
-    if (given := headers.get(TIMEOUT_HEADER)) is None:
+def _timeout(given: str | None) -> float | None:
+    if given is None:
         return None
     try:
         seconds = float(given)
