@@ -27,7 +27,7 @@ def asks(*, stream: bool, chunks: int = 64, pace_ms: int = 0) -> bytes:
 
 @dataclass(slots=True)
 class Answer:
-    """`first_s`: from the request's last byte to the body's first; `whole_s`: to its last."""
+    """`first_s`: from where the request is sent to the first byte of its answer's body; `whole_s`: to its last."""
 
     status: int = 0
     first_s: float = 0.0
@@ -67,8 +67,8 @@ class Connection(asyncio.Protocol):
         self.first.clear()
         self._parser = httptools.HttpResponseParser(self)
         self._done = asyncio.get_running_loop().create_future()
-        self._transport.write(b"%s%d\r\n\r\n%s" % (self._head, len(body), body))
         self._began = time.perf_counter()
+        self._transport.write(b"%s%d\r\n\r\n%s" % (self._head, len(body), body))
         return self._done
 
     async def ask(self, body: bytes) -> Answer:
