@@ -151,11 +151,11 @@ class Balloon:
         return len(used)
 
     def give_back(self) -> None:
-        """The blocks may be used again: there is memory behind them."""
+        """The blocks may be used again: there is memory behind them. Before any that has a prefix in it."""
         blocks = self._blocks(self.taken)
         for block in blocks:
             block.ref_cnt = 0
-        self._pool.free_block_queue.append_n(blocks)
+        self._pool.free_block_queue.prepend_n(blocks)
         self.taken = []
 
     def tidy(self) -> None:
