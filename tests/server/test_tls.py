@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -11,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2 as httpx
@@ -45,12 +46,13 @@ def config_of(folder: Path, **tls: str) -> Path:
     return path
 
 
-@contextmanager
+@contextlib.contextmanager
 def served(config: Path) -> Iterator[tuple[int, int]]:
     """Its port and its pid."""
     with bind("127.0.0.1", 0) as sock:
         command = [sys.executable, "-m", "mball", "serve", "--fd", str(sock.fileno()), "--config", str(config)]
-        process = subprocess.Popen(command, pass_fds=[sock.fileno()], stderr=subprocess.DEVNULL)
+        with (config.parent / "stderr").open("w") as log:
+            process = subprocess.Popen(command, pass_fds=[sock.fileno()], stderr=log)
         try:
             yield sock.getsockname()[1], process.pid
         finally:
@@ -69,27 +71,51 @@ def test_https_and_no_http(folder: Path) -> None:
             httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
 
 
-def test_a_new_certificate_is_taken_at_a_reload_and_a_broken_one_is_not(folder: Path) -> None:
+def test_a_new_certificate_is_for_new_connections_and_a_broken_one_is_for_none(folder: Path) -> None:
     config = config_of(folder, certfile="now.pem", keyfile="now.key")
+    (folder / "garbage.pem").write_text("-----BEGIN CERTIFICATE-----\n")
+    trusting = {name: ssl.create_default_context(cafile=str(folder / f"{name}.pem")) for name in ("ours", "others")}
 
-    def put(name: str, key: str) -> None:
-        for kind, source in (("pem", name), ("key", key)):
-            shutil.copy(folder / f"{source}.{kind}", folder / f"now.{kind}")
+    def put(certificate: str, key: str) -> None:
+        shutil.copy(folder / f"{certificate}.pem", folder / "now.pem")
+        shutil.copy(folder / f"{key}.key", folder / "now.key")
 
-    def shown(port: int) -> str:
-        return ssl.get_server_certificate(("127.0.0.1", port), timeout=60)
+    def connected(port: int, name: str) -> http.client.HTTPSConnection:
+        """By a handshake that trusts this certificate alone."""
+        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=60, context=trusting[name])
+        connection.connect()
+        return connection
 
-    ours, others = ((folder / name).read_text() for name in ("ours.pem", "others.pem"))
+    def reloaded(pid: int) -> bool:
+        """What became of one; False: it was refused."""
+        before = (folder / "stderr").read_text()
+        os.kill(pid, signal.SIGHUP)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            said = (folder / "stderr").read_text().removeprefix(before)
+            if "configuration re" in said:
+                return "configuration reloaded" in said
+            time.sleep(0.02)
+        raise TimeoutError("no reload within 60 s")
+
     put("ours", "ours")
-    with served(config) as (port, pid):
-        assert shown(port) == ours
-        for name, key, wanted in (("others", "ours", ours), ("others", "others", others), ("ours", "others", others)):
-            put(name, key)
-            os.kill(pid, signal.SIGHUP)
-            deadline = time.monotonic() + 60
-            while shown(port) != wanted and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert shown(port) == wanted
+    with served(config) as (port, pid), contextlib.closing(connected(port, "ours")) as old:
+        first = old.sock
+        for certificate, key, now in (
+            ("others", "ours", "ours"),
+            ("garbage", "ours", "ours"),
+            ("others", "others", "others"),
+            ("ours", "others", "others"),
+            ("ours", "ours", "ours"),
+        ):
+            put(certificate, key)
+            assert reloaded(pid) == (certificate == key)
+            connected(port, now).close()
+            with pytest.raises(ssl.SSLCertVerificationError):
+                connected(port, "others" if now == "ours" else "ours")
+            old.request("GET", "/health")
+            assert json.loads(old.getresponse().read()) == {"status": "ok"}
+            assert old.sock is first, "a connection from before goes on"
 
 
 @pytest.mark.parametrize(
