@@ -9,15 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mball.server.worker.call_syntax import HERMES, LLAMA3, MISTRAL, MISTRAL_NAMED, QWEN_CODER, CallSyntax
 from mball.server.worker.calls import CallReader
-from mball.server.worker.tools import HERMES, LLAMA3, CallSyntax
 
-NAMES = {"weather", "time"}
+SYNTAXES = (HERMES, LLAMA3, MISTRAL, MISTRAL_NAMED, QWEN_CODER)
+TOOLS: dict[str, dict[str, Any]] = {
+    "weather": {"properties": {"city": {"type": "string"}, "days": {"type": "array"}, "word": {"enum": ["5", "6"]}}},
+    "time": {},
+}
 
 
 def read(syntax: CallSyntax, pieces: list[str], most: int | None = None) -> tuple[str, list[tuple[str, str]]]:
     """(the text, the calls' names and arguments)."""
-    reader = CallReader(syntax, NAMES, most)
+    reader = CallReader(syntax, TOOLS, most)
     text, calls = "", []
     found = [piece for part in pieces for piece in reader.add(part)] + reader.add("", end=True)
     for piece in found:
@@ -27,6 +31,7 @@ def read(syntax: CallSyntax, pieces: list[str], most: int | None = None) -> tupl
         if piece.name is not None:
             assert piece.index == len(calls)
             assert piece.id is not None
+            assert syntax.id_length is None or (len(piece.id) == syntax.id_length and piece.id.isalnum())
             calls.append([piece.name, ""])
         calls[piece.index][1] += piece.arguments
     assert reader.called == bool(calls)
@@ -41,6 +46,19 @@ W = '{"name": "weather", "arguments": {"city": "Köln } \\" {", "days": [1, {"a"
 W_ARGUMENTS = '{"city": "Köln } \\" {", "days": [1, {"a": 2}]}'
 RM = '{"name": "rm", "arguments": {}}'
 T = '{"arguments": {}, "name": "time"}'
+CODER = """<tool_call>
+<function=weather>
+<parameter=city>
+Köln < "x" </param
+
+</parameter>
+<parameter=days>
+[1, {"a": 2}]
+</parameter>
+<parameter=word>5</parameter>
+</function>
+</tool_call>"""
+CODER_ARGUMENTS = '{"city": "Köln < \\"x\\" </param\\n", "days": [1, {"a": 2}], "word": "5"}'
 
 CASES: list[tuple[CallSyntax, str, str, list[tuple[str, str]]]] = [
     (HERMES, "no call at all < tool", "no call at all < tool", []),
@@ -58,6 +76,26 @@ CASES: list[tuple[CallSyntax, str, str, list[tuple[str, str]]]] = [
     (LLAMA3, " It is {sunny}.", " It is {sunny}.", []),
     (LLAMA3, '{"answer": 42}', '{"answer": 42}', []),
     (LLAMA3, "{not json}. Yes", "{not json}. Yes", []),
+    (HERMES, "<tool_call> or " + hermes(T), "<tool_call> or ", [("time", "{}")]),
+    (MISTRAL, f"[TOOL_CALLS] [{W}, {T}]", "", [("weather", W_ARGUMENTS), ("time", "{}")]),
+    (MISTRAL, f"I look.[TOOL_CALLS][{T}]\nand more", "I look.\nand more", [("time", "{}")]),
+    (MISTRAL, f"[TOOL_CALLS]{T}", "", [("time", "{}")]),
+    (MISTRAL, f"[TOOL_CALLS] [{RM}]", f"[TOOL_CALLS] [{RM}]", []),
+    (MISTRAL, "[TOOL_CALLS] none [TOOL", "[TOOL_CALLS] none [TOOL", []),
+    (MISTRAL_NAMED, f"So:[TOOL_CALLS]weather[ARGS]{W_ARGUMENTS}[TOOL_CALLS]time[ARGS]{{}}", "So:",
+        [("weather", W_ARGUMENTS), ("time", "{}")]),
+    (MISTRAL_NAMED, "[TOOL_CALLS]time[CALL_ID]abc[ARGS]{} and", "and", [("time", "{}")]),
+    (MISTRAL_NAMED, "[TOOL_CALLS]time{}", "", [("time", "{}")]),
+    (MISTRAL_NAMED, "[TOOL_CALLS]rm[ARGS]{}", "[TOOL_CALLS]rm[ARGS]{}", []),
+    (MISTRAL_NAMED, "[TOOL_CALLS]at 5 o'clock", "[TOOL_CALLS]at 5 o'clock", []),
+    (QWEN_CODER, CODER, "", [("weather", CODER_ARGUMENTS)]),
+    (QWEN_CODER, f"I look.\n{CODER}\n{CODER}", "I look.\n", [("weather", CODER_ARGUMENTS)] * 2),
+    (QWEN_CODER, "<tool_call><function=time>\nhm <b> </function>", "", [("time", "{}")]),
+    (QWEN_CODER, "<tool_call><function=time><parameter=n>5</parameter><parameter=s>5s</parameter></function>", "",
+        [("time", '{"n": 5, "s": "5s"}')]),
+    (QWEN_CODER, "<tool_call><function=rm></function>", "<tool_call><function=rm></function>", []),
+    (QWEN_CODER, "<tool_call>\n<func", "<tool_call>\n<func", []),
+    (QWEN_CODER, "<tool_call><function=time><parameter=n>5", "", [("time", "{")]),
 ]  # fmt: skip
 
 
@@ -75,14 +113,20 @@ def test_where_the_text_is_cut_makes_no_difference(case: Any, data: st.DataObjec
     assert read(syntax, pieces) == (text, calls)
 
 
-@given(st.text(alphabet='<tool_cal>/{}" \n\\name:rgumts,', max_size=120))
-def test_any_text_is_read_the_same_whole_and_by_the_character(answer: str) -> None:
-    for syntax in (HERMES, LLAMA3):
-        assert read(syntax, [answer]) == read(syntax, list(answer))
+PARTS = [
+    *'<{}[]",: \nx>]', *(syntax.begin for syntax in SYNTAXES), "</tool_call>", "<|python_tag|>", "[ARGS]", "time", "rm",
+    "<function=", "<parameter=", "</parameter>", "</function>", "<function=time>", '"name": "time", ', "; ",
+    '"arguments": {}', '"parameters": {', "time[ARGS]{}", '{"name": "time", "arguments": {}}',
+]  # fmt: skip
+
+
+@given(st.sampled_from(SYNTAXES), st.lists(st.sampled_from(PARTS), max_size=14).map("".join))
+def test_any_text_is_read_the_same_whole_and_by_the_character(syntax: CallSyntax, answer: str) -> None:
+    assert read(syntax, [answer]) == read(syntax, list(answer))
 
 
 def test_arguments_go_out_as_they_come() -> None:
-    reader = CallReader(HERMES, NAMES)
+    reader = CallReader(HERMES, TOOLS)
     first = reader.add('<tool_call>{"name": "weather", "arguments": {"ci')
     assert [piece if isinstance(piece, str) else (piece.name, piece.arguments) for piece in first] == [
         ("weather", ""),

@@ -13,8 +13,8 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from mball.server.engine.engine import GenerateEngine
+from mball.server.worker.call_syntax import HERMES, LLAMA3, MISTRAL, MISTRAL_NAMED, QWEN_CODER, syntax_of
 from mball.server.worker.tokenizer import Tokenizer
-from mball.server.worker.tools import HERMES, LLAMA3, syntax_of
 from tests.server.worker.conftest import Worker, echoing, serving, taught_tokenizer
 
 CHAT = "/v1/chat/completions"
@@ -44,7 +44,23 @@ LLAMA_TEMPLATE = (
     "{% if tools %}Environment: ipython\n{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}{% endif %}"
     + TURNS + CALL.replace("KEY", "parameters") + REST
 )  # fmt: skip
-TEMPLATES = {"hermes": HERMES_TEMPLATE, "hermes_special": HERMES_TEMPLATE, "llama": LLAMA_TEMPLATE}
+MISTRAL_TEMPLATE = HERMES_TEMPLATE.replace("<tool_call>\n", "[TOOL_CALLS] [").replace("\n</tool_call>", "]")
+NAMED_TEMPLATE = HERMES_TEMPLATE.partition("<tool_call>")[0] + (
+    "[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}" + REST
+)
+CODER_TEMPLATE = HERMES_TEMPLATE.partition("<tool_call>")[0] + (
+    "<tool_call>\n<function={{ c.function.name }}>\n{% for key, value in c.function.arguments.items() %}"
+    "<parameter={{ key }}>\n{{ value }}\n</parameter>\n{% endfor %}</function>\n</tool_call>" + REST
+)
+TEMPLATES = {
+    "hermes": HERMES_TEMPLATE,
+    "hermes_special": HERMES_TEMPLATE,
+    "llama": LLAMA_TEMPLATE,
+    "mistral": MISTRAL_TEMPLATE,
+    "mistral_named": NAMED_TEMPLATE,
+    "coder": CODER_TEMPLATE,
+}
+SPECIAL = {"hermes_special": ["<tool_call>", "</tool_call>"], "mistral_named": ["[TOOL_CALLS]", "[ARGS]"]}
 
 
 @pytest.fixture(scope="module", params=TEMPLATES)
@@ -55,8 +71,8 @@ def template(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def taught(template: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """The tiny model's tokenizer with a template that has tools; one with their marks as special tokens."""
-    special = ["<tool_call>", "</tool_call>"] if template == "hermes_special" else []
-    return taught_tokenizer(tiny_model, tmp_path_factory.mktemp("taught"), TEMPLATES[template], special)
+    folder = tmp_path_factory.mktemp("taught")
+    return taught_tokenizer(tiny_model, folder, TEMPLATES[template], SPECIAL.get(template, ()))
 
 
 @pytest.fixture
@@ -79,6 +95,14 @@ def say(worker: Worker, text: str) -> None:
 def written(template: str, name: str, arguments: str) -> str:
     if template == "llama":
         return f'{{"name": "{name}", "parameters": {arguments}}}'
+    if template == "mistral":
+        return f'[TOOL_CALLS] [{{"name": "{name}", "arguments": {arguments}}}]'
+    if template == "mistral_named":
+        return f"[TOOL_CALLS]{name}[ARGS]{arguments}"
+    if template == "coder":
+        given = json.loads(arguments).items()
+        inner = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in given)
+        return f"<tool_call>\n<function={name}>\n{inner}</function>\n</tool_call>"
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
 
@@ -203,3 +227,6 @@ def test_templates_are_known_by_what_they_say() -> None:
     assert syntax_of(LLAMA_TEMPLATE + '"parameters"') is LLAMA3
     assert syntax_of("{{ messages }}") is None
     assert syntax_of("{{ tools }}<tool_call>\n<function=name>") is None
+    assert syntax_of(MISTRAL_TEMPLATE) is MISTRAL
+    assert syntax_of(NAMED_TEMPLATE) is MISTRAL_NAMED
+    assert syntax_of(CODER_TEMPLATE) is QWEN_CODER

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 from mball.errors import InvalidRequest
 from mball.server.engine.grammar import Grammar
 from mball.server.tenants import salted
 from mball.server.worker.answers import Answer
+from mball.server.worker.call_syntax import KNOWN, CallSyntax, grammar_of, syntax_of
 from mball.server.worker.calls import CallReader
 from mball.server.worker.formats import Format
 from mball.server.worker.generation import Job
 from mball.server.worker.protocol import ChatRequest
 from mball.server.worker.sampling import Wanted, sampling_params
 from mball.server.worker.service import Service
-from mball.server.worker.tools import CallSyntax, grammar_of, syntax_of
+from mball.server.worker.structured import Grammars
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """`prompt_tokens` of the one prompt that all jobs have. `syntax`: how calls of the tools `names` are written, where
-    any may be called."""
+    """`prompt_tokens` of the one prompt that all jobs have. `syntax`: how calls of `tools` (names with the schemas of
+    their arguments) are written, where any may be called."""
 
     jobs: list[Job]
     prompt_tokens: int
     syntax: CallSyntax | None
-    names: frozenset[str]
+    tools: dict[str, dict[str, Any]]
     most_calls: int | None
 
     def reader(self) -> CallReader | None:
-        return None if self.syntax is None else CallReader(self.syntax, self.names, self.most_calls)
+        return None if self.syntax is None else CallReader(self.syntax, self.tools, self.most_calls)
 
     def answer(self, service: Service, request: ChatRequest, form: Format) -> Answer:
         """Raises NotResident, Draining."""
@@ -50,8 +53,8 @@ async def prepare(service: Service, request: ChatRequest, tenant: str, path: str
     salt = salted(tenant, request.cache_salt)
     shown = syntax is not None
     jobs = [Job(prompt, sampling, salt, None if grammar is None else grammar.copy(), shown) for sampling in params]
-    names = frozenset(tool.name for tool in request.usable)
-    return Chat(jobs, len(prompt), syntax, names, None if request.parallel_tool_calls else 1)
+    tools = {tool.name: json.loads(tool.parameters) for tool in request.usable}
+    return Chat(jobs, len(prompt), syntax, tools, None if request.parallel_tool_calls else 1)
 
 
 async def prompt_ids(service: Service, request: ChatRequest, path: str) -> list[int]:
@@ -67,8 +70,7 @@ def _syntax(service: Service, request: ChatRequest) -> CallSyntax | None:
     syntax = syntax_of(service.tokenizer.chat_template)
     if syntax is None:
         raise InvalidRequest(
-            "`tools`: the model's chat template has none, or has them in a form that is not known here "
-            "(known: <tool_call> with JSON, and Llama 3's JSON)",
+            f"`tools`: the model's chat template has none, or writes calls in a way not known here (known: {KNOWN})",
             param="tools",
             code="unsupported_parameter",
         )
@@ -88,7 +90,14 @@ async def _grammar(service: Service, request: ChatRequest, syntax: CallSyntax | 
             otherwise=schema,
         )
         kept = [tool.parameters for tool in request.usable]
-        return await service.grammar(lambda grammars: grammars.of_source(source, kept, "tools"))
+
+        def compiled(grammars: Grammars) -> Grammar:
+            # That of tags has parts of the schemas alone.
+            for schema in kept if syntax.form == "tagged" else []:
+                grammars.of_schema(schema, "tools")
+            return grammars.of_source(source, kept, "tools")
+
+        return await service.grammar(compiled)
     if schema is None:
         return None
     return await service.grammar(lambda grammars: grammars.of_schema(schema, "response_format"))

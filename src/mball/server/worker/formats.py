@@ -130,7 +130,7 @@ class ChatFormat:
 
     def _choice(self, delta: Delta) -> Json:
         text, calls = self._read(delta)
-        message: Json = {"role": "assistant", "content": text, "refusal": None}
+        message: Json = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
         if calls:
             message |= {"content": text or None, "tool_calls": whole_calls(calls)}
         return {"index": delta.index, "message": message, **self._rest(delta)}

@@ -1,16 +1,12 @@
-"""Tools of a request, strictly; and how the model's chat template has calls written."""
+"""Tools of a request, strictly."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from mball.errors import InvalidRequest
 from mball.server.worker.schemas import check_name, schema_text
-from mball.server.worker.structured import GUIDANCE
 from mball.server.worker.values import shallow, wrong
 
 MAX_TOOLS = 128
@@ -38,33 +34,6 @@ class ToolChoice:
 
     mode: Choice
     name: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CallSyntax:
-    """A call is a JSON object with `name` and, under `key`, the arguments; `begin` and `end` stand around it.
-
-    Where there is no `begin`, an answer is a call that begins as an object does, or after a `lead`.
-    """
-
-    key: str
-    begin: str = ""
-    end: str = ""
-    lead: str = ""
-
-
-HERMES = CallSyntax("arguments", begin="<tool_call>", end="</tool_call>")
-"""NousResearch's, which Qwen 2.5 and 3 have too."""
-LLAMA3 = CallSyntax("parameters", lead="<|python_tag|>")
-
-
-def syntax_of(template: str) -> CallSyntax | None:
-    """What a chat template asks the model for; None where it has no tools, or has them in a way that is not known."""
-    if not re.search(r"\btools\b", template) or "<function=" in template:
-        return None
-    if HERMES.begin in template:
-        return HERMES
-    return LLAMA3 if '"parameters"' in template and "ipython" in template else None
 
 
 def read_tools(value: Any) -> list[Tool]:
@@ -112,56 +81,3 @@ def _object(value: Any, where: str, known: set[str]) -> dict[str, Any]:
     if unknown := value.keys() - known:
         raise InvalidRequest(f"Unrecognized request argument supplied: {where}.{min(unknown)}", param=where)
     return value
-
-
-def grammar_of(
-    syntax: CallSyntax,
-    tools: Sequence[Tool],
-    special_id: Callable[[str], int | None],
-    *,
-    forced: bool,
-    parallel: bool,
-    otherwise: str | None = None,
-) -> str:
-    """The answers that have calls of these tools alone, as a grammar of llguidance: where they are not `forced` text
-    too, or JSON of the schema `otherwise`. `special_id` of a text is the special token that is written so.
-
-    Each function's schema is one of its own, so that its references stay within it.
-    """
-    rules = [
-        f"call_{n}: {json.dumps(_head(syntax, tool))} %json {_guided(tool.parameters)} {json.dumps('}')}"
-        for n, tool in enumerate(tools)
-    ]
-    rules.append(f"one: {' | '.join(f'call_{n}' for n in range(len(tools)))}")
-    begin_id = special_id(syntax.begin)
-    begin = _mark(syntax.begin, begin_id)
-    body = f'"\\n" one "\\n" {_mark(syntax.end, special_id(syntax.end))}' if syntax.begin else "one"
-    rules.append(f"call: {begin} {body}")
-    calls = 'call ("\\n" call)*' if syntax.begin and parallel else "call"
-    if forced:
-        start = calls
-    elif otherwise is not None:
-        start = f"{calls} | free"
-        rules.append(f"free: %json {_guided(otherwise)}")
-    elif syntax.begin:
-        start = f"said{'*' if parallel else '?'} TEXT"
-        lazy = "[lazy]" if begin_id is None else ""
-        rules += [f"said: head {body}", f"head{lazy}: TEXT {begin}", "TEXT: /(.|\\n)*/"]
-    else:
-        start = "call | FREE"
-        rules.append("FREE: /([^{](.|\\n)*)?/")
-    return "\n".join([f"start: {start}", *rules])
-
-
-def _mark(text: str, token_id: int | None) -> str:
-    if not text:
-        return ""
-    return json.dumps(text) if token_id is None else f"<[{token_id}]>"
-
-
-def _guided(schema: str) -> str:
-    return json.dumps({**json.loads(schema), "x-guidance": GUIDANCE})
-
-
-def _head(syntax: CallSyntax, tool: Tool) -> str:
-    return f'{{"name": "{tool.name}", "{syntax.key}": '
