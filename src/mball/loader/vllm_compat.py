@@ -61,8 +61,6 @@ STAGES = (
 _IMPORTED = (
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
-    "vllm.v1.worker.gpu_worker",
-    "vllm.v1.worker.cpu_worker",
 )
 
 _SALTED = {
@@ -427,7 +425,8 @@ def import_server() -> None:
     """All that vLLM's server imports, and its engine's process, but nothing that looks for a device or loads plugins:
     a process that is forked later does that. Raises EngineUnsupported."""
     runpy.run_module(server_module(), run_name="mball_imports")
-    for name in _IMPORTED:
+    # The one for a CPU puts streams that do nothing in the place of CUDA's.
+    for name in (*_IMPORTED, f"vllm.v1.worker.{'cpu' if on_cpu() else 'gpu'}_worker"):
         if find_spec(name) is not None:
             import_module(name)
 
