@@ -40,6 +40,9 @@ def test_what_is_wanted_is_judged() -> None:
     )
     assert [line.rpartition(": ")[2] for line in bad] == ["not reached"] * 10
     assert verdicts(report(rates, peer))[-1].endswith("not measured")
+    beside = report({**rates, "json_1_rps": 2000.0}, peer)
+    beside.outcomes.append(Outcome(DIRECT, rounds=[{"json_1_rps": 10_000.0}]))
+    assert verdicts(beside)[-1].endswith(": 0.40 ms")
 
 
 def test_settings_that_make_no_sense() -> None:

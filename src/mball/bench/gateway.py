@@ -131,6 +131,10 @@ def verdicts(report: Report) -> list[str]:
         found = median(mine, name)
         reached = "reached" if found <= most else "not reached"
         lines.append(f"{NAMES[name]}: {found:.2f}; wanted at most {most:g}: {reached}")
+    direct = report.outcome(DIRECT)
+    if mine is not None and direct is not None:
+        added_ms = 1000 / median(mine, "json_1_rps") - 1000 / median(direct, "json_1_rps")
+        lines.append(f"added on one connection that asks without a pause: {added_ms:.2f} ms")
     return lines
 
 
