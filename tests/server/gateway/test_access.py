@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,6 +221,33 @@ async def test_tokens_count_by_usage_or_by_what_is_seen(gateway: Start, monkeypa
     async with running.http.post(running.url + CHAT, data=body("a"), headers=bearer(USER)) as response:
         assert response.status == 429
         assert int(response.headers["retry-after"]) > 20
+
+
+async def test_what_is_left_of_a_key_s_limits_stands_in_every_answer(
+    gateway: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"requests_per_minute": 2, "tokens_per_minute": 600}
+    running = await gateway(model("a", Knobs(tokens=9)), api_keys=[entry(USER, "user", limits=limits), *KEYS[1:]])
+    now = 100.0
+    monkeypatch.setattr("mball.server.gateway.access.time", SimpleNamespace(monotonic=lambda: now))
+
+    async def told(key: str, stream: bool = False) -> tuple[int, list[str]]:
+        data = body("a", stream=stream)
+        async with running.http.post(running.url + CHAT, data=data, headers=bearer(key)) as response:
+            await response.read()
+            found = {name: value for name, value in response.headers.items() if name.lower().startswith("x-ratelimit")}
+            assert not found or len(found) == 6
+            names = [f"{name}-{of}" for of in ("requests", "tokens") for name in ("limit", "remaining", "reset")]
+            return response.status, [found.get(f"x-ratelimit-{name}", "") for name in names]
+
+    assert await told(ADMIN) == (200, [""] * 6)
+    assert await told(USER) == (200, ["2", "1", "30s", "600", "600", "0ms"])
+    assert await told(USER, stream=True) == (200, ["2", "0", "1m0s", "600", "590", "1s"])
+    status, refused = await told(USER)
+    assert (status, refused[:3]) == (429, ["2", "0", "1m0s"])
+    now += 45.0
+    status, again = await told(USER)
+    assert (status, again[:3]) == (200, ["2", "0", "45s"])
 
 
 async def test_a_full_key_s_wait_is_what_its_requests_took(monkeypatch: pytest.MonkeyPatch) -> None:

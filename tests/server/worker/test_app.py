@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import struct
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -17,6 +18,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from mball.server.tenants import HEADER, salted
 from mball.server.worker import answers
 from mball.server.worker.generation import NotResident
+from mball.server.worker.sampling import model_defaults
 from mball.server.worker.tokenizer import Tokenizer
 from tests.server.worker.conftest import MakeWorker, Worker, until
 
@@ -200,6 +202,30 @@ async def test_sampling_reaches_the_engine(worker: Worker) -> None:
     assert first.logit_bias == {5: -100, 6: 2.5}
     assert first.stop_token_ids == {2, 11}
     assert first.logprobs is None
+
+
+async def test_what_is_not_given_is_as_the_model_s_own_config_has_it(worker: Worker, tmp_path: Path) -> None:
+    config = tmp_path / "generation_config.json"
+    for text in ("[]", "{", '{"temperature": 9, "top_p": "a", "top_k": 1.5}'):
+        config.write_text(text)
+        assert model_defaults(str(tmp_path)) == {}
+    config.write_text('{"temperature": 0.25, "top_p": 0.5, "top_k": 20, "eos_token_id": 2}')
+    worker.service.sampling_defaults = model_defaults(str(tmp_path))
+
+    async def asked(path: str, **body: Any) -> tuple[float, float, int]:
+        await worker.post(path, **body)
+        found = worker.engine.submitted[-1].sampling
+        return found.temperature, found.top_p, found.top_k
+
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/chat/completions", {"messages": HELLO}),
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/responses", {"input": "a"}),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 4}),
+    ]
+    for path, body in bodies:
+        assert await asked(path, **body) == (0.25, 0.5, 20)
+        assert await asked(path, **body, temperature=1.0, top_p=1.0) == (1.0, 1.0, 20)
 
 
 async def test_seeds(worker: Worker) -> None:

@@ -77,6 +77,7 @@ CASES: list[tuple[CallSyntax, str, str, list[tuple[str, str]]]] = [
     (LLAMA3, '{"answer": 42}', '{"answer": 42}', []),
     (LLAMA3, "{not json}. Yes", "{not json}. Yes", []),
     (HERMES, "<tool_call> or " + hermes(T), "<tool_call> or ", [("time", "{}")]),
+    (HERMES, f"{hermes(T)} so \n", " so \n", [("time", "{}")]),
     (MISTRAL, f"[TOOL_CALLS] [{W}, {T}]", "", [("weather", W_ARGUMENTS), ("time", "{}")]),
     (MISTRAL, f"I look.[TOOL_CALLS][{T}]\nand more", "I look.\nand more", [("time", "{}")]),
     (MISTRAL, f"[TOOL_CALLS]{T}", "", [("time", "{}")]),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mball.errors import Forbidden, RateLimited, Unauthorized, UnknownModel
 from mball.memory.rates import Smoothed
@@ -65,13 +65,32 @@ class _Allowance:
 
     def wait_s(self, per_minute: int, least: float) -> float:
         """Until so much is there; 0 where it is."""
+        return max(0.0, least - self._now(per_minute)) * _MINUTE_S / per_minute
+
+    def _now(self, per_minute: int) -> float:
         now_s = time.monotonic()
         self._left = min(per_minute, self._left + (now_s - self._at_s) * per_minute / _MINUTE_S)
         self._at_s = now_s
-        return max(0.0, least - self._left) * _MINUTE_S / per_minute
+        return self._left
+
+    def headers(self, of: str, per_minute: int) -> list[tuple[bytes, bytes]]:
+        """As OpenAI sends them: the limit, what is left of it, and when all of it is there again."""
+        left = self._now(per_minute)
+        reset_s = (per_minute - left) * _MINUTE_S / per_minute
+        values = {"limit": per_minute, "remaining": max(0, math.floor(left)), "reset": _duration(reset_s)}
+        return [(f"x-ratelimit-{name}-{of}".encode(), str(value).encode()) for name, value in values.items()]
 
     def spend(self, amount: float) -> None:
         self._left -= amount
+
+
+def _duration(seconds: float) -> str:
+    """As Go writes it, and OpenAI: 6m0s, 1.5s, 20ms."""
+    milliseconds = math.ceil(seconds * 1000)
+    if milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{f'{minutes}m' if minutes else ''}{rest / 1000:g}s"
 
 
 class Key:
@@ -133,6 +152,25 @@ class Key:
         if self._limits.tokens_per_minute is not None:
             self._tokens.spend(tokens)
 
+    def telling(self, send: Send) -> Send:
+        """With headers of what is left of its limits by the minute, in an answer; as it is where there are none."""
+        if self._limits.requests_per_minute is None and self._limits.tokens_per_minute is None:
+            return send
+
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), *self._headers()]}
+            await send(message)
+
+        return told
+
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        requests, tokens = self._limits.requests_per_minute, self._limits.tokens_per_minute
+        return [
+            *([] if requests is None else self._requests.headers("requests", requests)),
+            *([] if tokens is None else self._tokens.headers("tokens", tokens)),
+        ]
+
     def _check(self, limits: Limits) -> None:
         most, requests, tokens = limits.max_in_flight, limits.requests_per_minute, limits.tokens_per_minute
         if most is not None and self._in_flight >= most:
@@ -173,7 +211,7 @@ class Access:
             await response(scope, receive, send)
             return
         scope.setdefault("state", {})["key"] = key
-        await self._app(scope, receive, send)
+        await self._app(scope, receive, key.telling(send))
 
     def _admit(self, scope: Scope) -> Key:
         path = scope["path"]

@@ -64,12 +64,11 @@ def chat_request(request: CountRequest) -> ChatRequest:
         fields |= {
             "max_tokens": request.max_tokens,
             "stop": request.stop_sequences,
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            "top_k": request.top_k,
             "cache_salt": request.cache_salt,
             "stream": request.stream,
         }
+        given = request.model_fields_set
+        fields |= {name: getattr(request, name) for name in ("temperature", "top_p", "top_k") if name in given}
     return parse(ChatRequest, fields)
 
 

@@ -143,7 +143,9 @@ async def _completions(service: Service, body: bytes, tenant: str) -> Response:
     jobs, prompt_tokens = [], 0
     for prompt in await service.token_ids(request.prompt, engine, "prompt"):
         prompt_tokens += len(prompt)
-        params = sampling_params(request, wanted, len(prompt), engine, service.spec.max_logprobs)
+        params = sampling_params(
+            request, wanted, len(prompt), engine, service.spec.max_logprobs, service.sampling_defaults
+        )
         jobs += [Job(prompt, sampling, salted(tenant, request.cache_salt)) for sampling in params]
     service.check_open()
     served = (service.spec.model, service.fingerprint)

@@ -48,7 +48,7 @@ async def prepare(service: Service, request: ChatRequest, tenant: str, path: str
     syntax = _syntax(service, request)
     prompt = await prompt_ids(service, request, path)
     wanted = Wanted(request.wanted_tokens, request.wanted_logprobs)
-    params = sampling_params(request, wanted, len(prompt), engine, service.spec.max_logprobs)
+    params = sampling_params(request, wanted, len(prompt), engine, service.spec.max_logprobs, service.sampling_defaults)
     grammar = await _grammar(service, request, syntax)
     salt = salted(tenant, request.cache_salt)
     shown = syntax is not None

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from mball.errors import InvalidRequest
 from mball.server.engine.api import Generator, SamplingParams
@@ -19,24 +23,56 @@ class Wanted:
     logprobs: int | None
 
 
+def model_defaults(path: str) -> dict[str, Any]:
+    """`temperature`, `top_p` and `top_k` as the model's generation_config.json has them, for requests that have not:
+    what vLLM does too. What is not within a request's own bounds is left out."""
+    try:
+        found = json.loads((Path(path) / "generation_config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    kept: dict[str, Any] = {}
+    bounds: dict[str, tuple[tuple[type, ...], float]] = {
+        "temperature": ((int, float), 2),
+        "top_p": ((int, float), 1),
+        "top_k": ((int,), 2**31),
+    }
+    for name, (kinds, most) in bounds.items():
+        value: Any = found.get(name)
+        if type(value) in kinds and 0 <= value <= most:
+            kept[name] = value
+    return kept
+
+
 def sampling_params(
-    request: SamplingRequest, wanted: Wanted, prompt_tokens: int, engine: Generator, max_logprobs: int
+    request: SamplingRequest,
+    wanted: Wanted,
+    prompt_tokens: int,
+    engine: Generator,
+    max_logprobs: int,
+    defaults: Mapping[str, Any],
 ) -> list[SamplingParams]:
-    """One per choice of one prompt. Raises InvalidRequest for what this model cannot do."""
+    """One per choice of one prompt; `defaults` stand in for what was not given. Raises InvalidRequest for what this
+    model cannot do."""
     max_tokens = _max_tokens(wanted.max_tokens, prompt_tokens, engine.max_model_len)
     if request.min_tokens > max_tokens:
         raise InvalidRequest(f"`min_tokens` {request.min_tokens} is over the {max_tokens} wanted", param="min_tokens")
     if wanted.logprobs is not None and wanted.logprobs > max_logprobs:
         raise InvalidRequest(f"{wanted.logprobs} logprobs wanted, over {max_logprobs}", param="logprobs")
     stop_token_ids = frozenset(_token_id(id, engine, "stop_token_ids") for id in request.stop_token_ids)
+    temperature, top_p, top_k = (
+        getattr(request, name) if name in request.model_fields_set else defaults.get(name, getattr(request, name))
+        for name in ("temperature", "top_p", "top_k")
+    )
     # OpenAI allows top_p 0: the most probable token alone.
-    top_k, top_p = (1, 1.0) if request.top_p == 0 else (max(request.top_k, 0), request.top_p)
+    top_k, top_p = (1, 1.0) if top_p == 0 else (max(top_k, 0), top_p)
     logit_bias = {_token_id(id, engine, "logit_bias"): bias for id, bias in request.logit_bias.items()}
     return [
         SamplingParams(
             max_tokens=max_tokens,
             seed=choice_seed(request.seed, choice),
-            temperature=request.temperature,
+            temperature=temperature,
             top_p=top_p,
             top_k=top_k,
             presence_penalty=request.presence_penalty,

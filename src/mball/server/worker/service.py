@@ -16,6 +16,7 @@ from mball.server.engine.api import Embedder, Generator
 from mball.server.engine.grammar import Grammar
 from mball.server.worker.generation import Generation, Job, NotResident
 from mball.server.worker.protocol import TokenIds
+from mball.server.worker.sampling import model_defaults
 from mball.server.worker.structured import Grammars
 from mball.server.worker.tokenizer import Tokenizer
 
@@ -31,6 +32,7 @@ class Service:
         self.in_flight = 0
         self.fingerprint = f"fp_{hashlib.sha256(f'{__version__} {spec.path} {spec.dtype}'.encode()).hexdigest()[:10]}"
         self.engine = engine
+        self.sampling_defaults = model_defaults(spec.path)
         self.embedding = asyncio.Lock()
         self._open = False
         self._closed = False
