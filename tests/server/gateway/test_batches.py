@@ -98,6 +98,15 @@ async def test_the_openai_client_has_a_batch_answered(gateway: Start, tmp_path: 
         (error,) = [json.loads(each) for each in (await client.files.content(batch.error_file_id)).text.splitlines()]
         assert (await client.files.retrieve(batch.output_file_id)).purpose == "batch_output"
         assert [each.id async for each in client.batches.list(limit=1)] == [batch.id]
+    usages = [each["response"]["body"]["usage"] for each in answers]
+    assert batch.usage is not None
+    assert batch.usage.input_tokens == sum(each["prompt_tokens"] for each in usages) > 0
+    assert batch.usage.output_tokens == sum(each["completion_tokens"] for each in usages) > 0
+    assert batch.usage.total_tokens == batch.usage.input_tokens + batch.usage.output_tokens
+    async with running.http.get(f"{running.url}/metrics") as response:
+        figures = await response.text()
+    assert 'mball:batches{status="completed"} 1.0' in figures
+    assert 'mball:batches{status="in_progress"} 0.0' in figures
     assert {each["custom_id"] for each in answers} == {f"r{n}" for n in range(40) if n != 7}
     for each in answers:
         assert set(each) == {"id", "custom_id", "response", "error"}
@@ -174,6 +183,8 @@ async def test_a_cancelled_batch_keeps_its_answers(gateway: Start, tmp_path: Pat
         assert response.status == 400
         assert batch["id"] in (await error_of(response))["message"]
     await until(running, batch, lambda batch: batch["request_counts"]["completed"] >= 3)
+    async with running.http.get(f"{running.url}/metrics") as response:
+        assert 'mball:batch_requests{state="total"} 400.0' in await response.text()
     async with running.http.post(f"{running.url}/v1/batches/{batch['id']}/cancel") as response:
         assert (await response.json())["status"] == "cancelling"
     batch = await until(running, batch)

@@ -25,6 +25,7 @@ from mball.server.config import Config
 from mball.server.gateway import admin, batches, files, logs, ui
 from mball.server.gateway.access import PUBLIC_PATHS, Access, Key
 from mball.server.gateway.batches_ask import Forwarding, Gateway
+from mball.server.gateway.batches_figures import BatchFigures
 from mball.server.gateway.files_open import Storage
 from mball.server.gateway.live import Live
 from mball.server.gateway.metrics import CONTENT_TYPE, Metrics
@@ -67,6 +68,7 @@ def create_app(manager: Manager, config: Config, live: Live | None = None, *, ad
     tracing = Tracing() if config.traces else None
     pass_on = _forwarding(manager, workers, live, metrics, tracing)
     storage = _storage(manager, live, pass_on)
+    metrics.also(BatchFigures(storage.batches))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -21,6 +21,7 @@ from mball.server.batch.lines import Index, Request
 from mball.server.batch.work import Ask, Reply, Tally, Work
 from mball.server.gateway.batches_ask import Gateway
 from mball.server.gateway.batches_check import defects
+from mball.server.gateway.batches_figures import usage_in
 from mball.server.gateway.batches_store import Batch, Batches
 from mball.server.gateway.files_store import File, Files, owner_of
 from mball.server.threads import whole
@@ -190,6 +191,9 @@ class Runner:
     async def _end(self, owner: str, batch: Batch, status: str, **changes: Any) -> None:
         """Its files become files of its owner, then it has ended. Raises StorageFailed."""
         published, now = [], int(time.time())
+        output = self._files.path(owner, batch.output_id)
+        if await whole(_size, output):
+            changes["usage"] = await whole(usage_in, output)
         for file_id, what in ((batch.output_id, "output"), (batch.error_id, "errors")):
             nbytes = await whole(_size, self._files.path(owner, file_id))
             if nbytes:

@@ -20,6 +20,7 @@ from mball.server.threads import whole
 PREFIX = "batch_"
 ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 _STAMPED = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
+STATUSES = ("validating", *_STAMPED)
 _log = structlog.get_logger(__name__)
 
 
@@ -27,7 +28,8 @@ _log = structlog.get_logger(__name__)
 class Batch:
     """`output_id` and `error_id` are its files' from the start; clients see them once they are whole, in `published`.
 
-    `stamps` has the second of each status it had. `errors` is why it failed. `key_name` is whose it is.
+    `stamps` has the second of each status it had. `errors` is why it failed. `usage` are the tokens of
+    its answers, once it has ended. `key_name` is whose it is.
     """
 
     id: str
@@ -47,6 +49,7 @@ class Batch:
     total: int = 0
     completed: int = 0
     failed: int = 0
+    usage: dict[str, Any] | None = None
     published: tuple[str, ...] = ()
 
     @property
@@ -73,6 +76,7 @@ class Batch:
             "expires_at": self.expires_at,
             **{f"{status}_at": self.stamps.get(status) for status in _STAMPED},
             "request_counts": {"total": self.total, "completed": self.completed, "failed": self.failed},
+            "usage": self.usage,
             "metadata": self.metadata,
         }
 
@@ -102,6 +106,9 @@ class Batches:
         """With their owners, the oldest first."""
         found = [(owner, batch) for owner, its in self._batches.items() for batch in its.values() if not batch.ended]
         return iter(sorted(found, key=lambda each: each[1].created_at))
+
+    def every(self) -> Iterator[Batch]:
+        return (batch for its in self._batches.values() for batch in its.values())
 
     def all(self, owner: str) -> list[Batch]:
         """The newest first."""

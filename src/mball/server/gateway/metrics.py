@@ -61,6 +61,9 @@ class Metrics:
         self.of: Callable[..., Any] = functools.cache(lambda metric, *labels: metric.labels(*labels))
         """The series of a metric by its labels, which take as long to find as all that is counted with them."""
 
+    def also(self, figures: Collector) -> None:
+        self._registry.register(figures)
+
     def request(self, model: str) -> Request:
         return Request(self, model if self._manager.serves(model) else "")
 
