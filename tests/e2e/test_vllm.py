@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -129,6 +130,45 @@ def test_bad_requests_are_answered_by_vllm_in_openais_shape(server: Running) -> 
     answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=500)
     assert answer.status_code == 400
     assert "message" in answer.json()["error"]
+
+
+def test_messages_and_responses_are_vllm_s_own(server: Running) -> None:
+    asked: dict[str, Any] = {"model": "smollm2-135m", "temperature": 0}
+    messages = {**asked, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8}
+    response = {**asked, "input": "Say hello.", "max_output_tokens": 8, "store": False}
+
+    def post(path: str, body: dict[str, Any]) -> httpx.Response:
+        answer = httpx.post(f"{server.url}{path}", json=body, timeout=500)
+        assert answer.status_code == 200, answer.text
+        return answer
+
+    def events(path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        lines = post(path, {**body, "stream": True}).text.splitlines()
+        return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+
+    before = _generated(server)
+    whole = post("/v1/messages", messages).json()
+    assert (whole["type"], whole["role"]) == ("message", "assistant")
+    assert whole["usage"]["output_tokens"] == 8
+    counted = {name: value for name, value in messages.items() if name not in ("max_tokens", "temperature")}
+    assert post("/v1/messages/count_tokens", counted).json()["input_tokens"] == whole["usage"]["input_tokens"]
+    found = events("/v1/messages", messages)
+    assert (found[0]["type"], found[-1]["type"]) == ("message_start", "message_stop")
+    deltas = [each["delta"].get("text", "") for each in found if each["type"] == "content_block_delta"]
+    assert "".join(deltas) == whole["content"][0]["text"]
+    answer = post("/v1/responses", response).json()
+    assert answer["object"] == "response"
+    text = answer["output"][-1]["content"][0]["text"]
+    found = events("/v1/responses", response)
+    assert found[-1]["type"] in ("response.completed", "response.incomplete")
+    assert "".join(each["delta"] for each in found if each["type"] == "response.output_text.delta") == text
+    assert _generated(server) - before == 4 * 8, "the gateway reads the usage of each"
+
+
+def _generated(server: Running) -> float:
+    lines = httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines()
+    name = 'mball:generation_tokens_total{model_name="smollm2-135m"} '
+    return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
 
 def test_its_tokens_are_those_that_vllm_says(server: Running) -> None:
