@@ -131,12 +131,12 @@ COLD = Knobs(weights_bytes=104 * MiB, kv_bytes=8 * MiB)
 """Of a model of eight layers with 200 MiB of weights, as vLLM holds it with six of them in host memory."""
 
 
-async def large(serve: Serve, folder: Path, *others: ModelSpec, device_bytes: int) -> Running:
+async def large(serve: Serve, folder: Path, *others: ModelSpec, device_bytes: int, devices: int = 1) -> Running:
     path = sparse_model(folder / "b", layers=8, layer_bytes=24 * MiB, rest_bytes=8 * MiB)
     spec = eager("b", COLD)
     worker = replace(spec.worker, path=str(path), kv_cache_bytes=8 * MiB)
-    device = SimulatedDevice.create(folder / "larger", device_bytes, context_bytes=1 * MiB)
-    return await serve(replace(spec, worker=worker), *others, on=device)
+    made = [SimulatedDevice.create(folder / f"{n}", device_bytes, context_bytes=1 * MiB) for n in range(devices)]
+    return await serve(replace(spec, worker=worker), *others, on=made)
 
 
 async def test_one_that_can_never_fit_whole_starts_with_cold_layers(serve: Serve, tmp_path: Path) -> None:
@@ -167,3 +167,16 @@ async def test_one_that_does_not_fit_with_cold_layers_either_is_refused(serve: S
     with pytest.raises(ModelDoesNotFit, match="left beside pinned a"):
         await running.ask("b", deadline_s=20.0)
     assert running.manager._models["b"].spec.worker.resident_layers is None
+
+
+@pytest.mark.parametrize(("pinned", "resident"), [("a", None), ("ac", 2)])
+async def test_cold_layers_are_for_where_no_other_device_has_room(
+    serve: Serve, tmp_path: Path, pinned: str, resident: int | None
+) -> None:
+    others = [model(name, Knobs(weights_bytes=190 * MiB), pinned=True) for name in pinned]
+    running = await large(serve, tmp_path, *others, device_bytes=400 * MiB, devices=2)
+    for name in pinned:
+        await running.ask(name)
+    assert await running.ask("b")
+    assert running.manager._models["b"].spec.worker.resident_layers == resident
+    assert all(running.state(name)["shown_as"] == "device" for name in pinned)

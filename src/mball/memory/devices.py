@@ -78,9 +78,10 @@ class Devices:
         """The largest budget that it can have."""
         return max(slot.ledger.total_bytes for slot in self.allowed(model))
 
-    def only(self, model: Model) -> bool:
-        """Whether there is one device alone that it may go to."""
-        return len(list(self.allowed(model))) == 1
+    def roomier(self, model: Model, slot: Slot) -> bool:
+        """Whether another device could give it more, once all has left that may."""
+        most_bytes = _unpinned_bytes(slot, model)
+        return any(_unpinned_bytes(other, model) > most_bytes for other in self.allowed(model) if other is not slot)
 
     def elsewhere(self, slot: Slot) -> list[Candidate]:
         """The models of other devices: host memory for images is one for all."""
@@ -190,3 +191,8 @@ class Devices:
     def _comes(self, model: Model) -> bool:
         wanted = len(model.queue) > 0 or model.wanted or model.arriving
         return wanted and (model.name in self._placed or model.state.process is not Process.GONE)
+
+
+def _unpinned_bytes(slot: Slot, model: Model) -> int:
+    pinned = [m for m in slot.models.values() if m.pinned and m is not model]
+    return slot.ledger.total_bytes - sum(slot.ledger.held(m.name) for m in pinned)

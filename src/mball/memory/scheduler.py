@@ -410,7 +410,8 @@ class Scheduler:
         # What others hold may go again, and layers that are cold stay so.
         room_bytes = left + foreign_bytes
         worker = model.spec.worker
-        if not worker.starts_awake or worker.streamed or alive or nbytes <= room_bytes or not self._devices.only(model):
+        stays = alive or worker.streamed or not worker.starts_awake
+        if stays or nbytes <= room_bytes or self._devices.roomier(model, self._slot):
             refuse()
             return
         model.moving = True
