@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field
 
-from mball.errors import InvalidRequest
+from mball.server.worker.parts import known, no_such, text_of
 from mball.server.worker.protocol import (
     MAX_STOP_LENGTH,
     MAX_STOPS,
@@ -24,6 +25,8 @@ _HINTS = {"cache_control", "citations"}
 """Of a block: they say nothing about the answer."""
 _THOUGHTS = {"thinking", "redacted_thinking"}
 """Blocks of the assistant's that no chat template here takes back."""
+
+_text = partial(text_of, kinds={"text"}, hints=_HINTS)
 
 
 class CountRequest(Request):
@@ -103,11 +106,11 @@ def _of_user(blocks: list[Any], where: str) -> list[dict[str, Any]]:
         if kind == "text":
             texts.append(_text([block], where))
         elif kind == "tool_result":
-            _known(block, {"type", "tool_use_id", "content", "is_error"}, at)
+            known(block, {"type", "tool_use_id", "content", "is_error", *_HINTS}, at)
             content = _text(block.get("content") or "", f"{at}.content")
             results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content})
         else:
-            raise _no_such_block(kind, at)
+            raise no_such(kind, at)
     return [*results, *([{"role": "user", "content": "\n".join(texts)}] if texts or not results else [])]
 
 
@@ -120,31 +123,13 @@ def _of_assistant(blocks: list[Any], where: str) -> list[dict[str, Any]]:
         if kind == "text":
             texts.append(_text([block], where))
         elif kind == "tool_use":
-            _known(block, {"type", "id", "name", "input"}, at)
+            known(block, {"type", "id", "name", "input", *_HINTS}, at)
             shallow(block.get("input"), f"{at}.input")
             function = {"name": block.get("name"), "arguments": json.dumps(block.get("input"))}
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind not in _THOUGHTS:
-            raise _no_such_block(kind, at)
+            raise no_such(kind, at)
     return [{"role": "assistant", "content": "\n".join(texts), **({"tool_calls": calls} if calls else {})}]
-
-
-def _text(value: Any, where: str) -> str:
-    """Of a text, or of blocks of text."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise wrong(where, "must be a text or a list of blocks")
-    texts = []
-    for index, block in enumerate(value):
-        at = f"{where}[{index}]"
-        if (kind := _kind(block, at)) != "text":
-            raise _no_such_block(kind, at)
-        _known(block, {"type", "text"}, at)
-        if not isinstance(block.get("text"), str):
-            raise wrong(f"{at}.text", "must be a text")
-        texts.append(block["text"])
-    return "\n".join(texts)
 
 
 def _kind(block: Any, where: str) -> str:
@@ -154,19 +139,10 @@ def _kind(block: Any, where: str) -> str:
     return kind
 
 
-def _no_such_block(kind: str, where: str) -> InvalidRequest:
-    return wrong(where, f"is of type {kind[:40]!r}: text and tools alone are taken, and no address is fetched")
-
-
-def _known(value: dict[str, Any], names: set[str], where: str) -> None:
-    if unknown := value.keys() - names - _HINTS:
-        raise wrong(f"{where}.{min(unknown)}", "is not known")
-
-
 def _tool(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("type") not in (None, "custom"):
         raise wrong(f"{where}.type", "must be custom: no other tools are run here")
-    _known(value, {"type", "name", "description", "input_schema", "strict"}, where)
+    known(value, {"type", "name", "description", "input_schema", "strict", *_HINTS}, where)
     function = {"name": value.get("name"), "description": value.get("description")}
     return {
         "type": "function",
@@ -184,7 +160,7 @@ def _choice(value: dict[str, Any]) -> dict[str, Any]:
     }
     if not isinstance(kind, str) or kind not in modes:
         raise wrong("tool_choice.type", "must be auto, any, tool or none")
-    _known(value, {"type", "disable_parallel_tool_use", *(["name"] if kind == "tool" else [])}, "tool_choice")
+    known(value, {"type", "disable_parallel_tool_use", *(["name"] if kind == "tool" else []), *_HINTS}, "tool_choice")
     return {"tool_choice": modes[kind](), "parallel_tool_calls": not value.get("disable_parallel_tool_use", False)}
 
 

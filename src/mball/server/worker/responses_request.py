@@ -5,19 +5,21 @@ Nothing is kept: each request holds its whole conversation.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from pydantic import Field
 
-from mball.errors import InvalidRequest
+from mball.server.worker.parts import known, no_such, text_of
 from mball.server.worker.protocol import ChatRequest, Real, Request, Salt, parse
 from mball.server.worker.values import wrong
 
-_TEXTS = {"input_text", "output_text", "text"}
 _HINTS = {"id", "status", "annotations", "logprobs", "phase", "created_by"}
 """Of an item or a part: they say nothing about the answer."""
 _THOUGHTS = {"reasoning"}
 """Items that no chat template here takes back."""
+
+_text = partial(text_of, kinds={"input_text", "output_text", "text"}, hints=_HINTS)
 
 
 class ResponsesRequest(Request):
@@ -95,55 +97,27 @@ def _add(messages: list[dict[str, Any]], item: Any, where: str) -> None:
         raise wrong(where, "must be an object")
     kind = item.get("type", "message")
     if kind == "message":
-        _known(item, {"type", "role", "content"}, where)
+        known(item, {"type", "role", "content", *_HINTS}, where)
         messages.append({"role": item.get("role"), "content": _text(item.get("content"), f"{where}.content")})
     elif kind == "function_call":
-        _known(item, {"type", "call_id", "name", "arguments"}, where)
+        known(item, {"type", "call_id", "name", "arguments", *_HINTS}, where)
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         if not messages or messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": ""})
         call = {"id": item.get("call_id"), "type": "function", "function": function}
         messages[-1].setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
-        _known(item, {"type", "call_id", "output"}, where)
+        known(item, {"type", "call_id", "output", *_HINTS}, where)
         output = _text(item.get("output"), f"{where}.output")
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": output})
     elif kind not in _THOUGHTS:
-        raise _no_such(kind, where)
-
-
-def _text(value: Any, where: str) -> str:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise wrong(where, "must be a text or a list of parts")
-    texts = []
-    for index, part in enumerate(value):
-        at = f"{where}[{index}]"
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str) or kind not in _TEXTS:
-            raise _no_such(kind, at)
-        _known(part, {"type", "text"}, at)
-        if not isinstance(part.get("text"), str):
-            raise wrong(f"{at}.text", "must be a text")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def _no_such(kind: Any, where: str) -> InvalidRequest:
-    shown = kind[:40] if isinstance(kind, str) else None
-    return wrong(where, f"is of type {shown!r}: text and functions alone are taken, and no address is fetched")
-
-
-def _known(value: dict[str, Any], names: set[str], where: str) -> None:
-    if unknown := value.keys() - names - _HINTS:
-        raise wrong(f"{where}.{min(unknown)}", "is not known")
+        raise no_such(kind, where)
 
 
 def _tool(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("type") != "function":
         raise wrong(f"{where}.type", "must be function: no other tools are run here")
-    _known(value, {"type", "name", "description", "parameters", "strict"}, where)
+    known(value, {"type", "name", "description", "parameters", "strict", *_HINTS}, where)
     return {"type": "function", "function": {name: entry for name, entry in value.items() if name != "type"}}
 
 
