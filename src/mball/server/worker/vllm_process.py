@@ -114,6 +114,8 @@ def check_fell(spec: WorkerSpec, weights_bytes: int) -> None:
 
 def _environment(spec: WorkerSpec, cold: Cold | None) -> dict[str, str]:
     inherited = dict(os.environ) | ({} if cold is None else vllm_compat.offload_environment())
+    # torch would take as many threads as it says, and vLLM binds them to fewer cores: two on one take turns.
+    inherited.pop("MKL_NUM_THREADS", None)
     if (home := inherited.get("HOME")) is not None:
         root = inherited.setdefault("VLLM_CACHE_ROOT", str(cache_folder(spec, Path(home))))
         inherited.setdefault(TRITON_ENVIRONMENT, str(Path(root, "triton")))
