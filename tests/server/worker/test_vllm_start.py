@@ -100,3 +100,9 @@ def test_where_there_is_no_vllm_its_zygote_says_so_for_good() -> None:
     assert said["event"] == "failed"
     assert "has no vLLM: set engine_python" in said["error"]
     ours.close()
+
+
+def test_the_engine_counts_its_threads_by_what_it_binds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setenv("MKL_NUM_THREADS", "2")
+    assert "MKL_NUM_THREADS" not in vllm_process._environment(WorkerSpec("m", "/m"), None)
