@@ -23,6 +23,7 @@ import aiohttp
 import pytest
 import torch
 
+from mball.bench import raw_disk
 from mball.device import memfd
 from mball.device.nvml import NvmlDevice
 from mball.memory.estimate import estimate
@@ -147,18 +148,30 @@ async def test_its_server_as_a_worker(model: Path, tmp_path: Path) -> None:
         try:
             filled = await worker.call("image", deadline_s=120, fd=fd, state="empty")
             memfd.seal(fd)
+            took: dict[str, list[float]] = {"sleep_s": [], "wake_s": []}
             for epoch in range(1, 6):
                 awake_bytes = device.free_bytes()
                 slept = await worker.call("demote", deadline_s=60, epoch=epoch)
                 assert device.free_bytes() - awake_bytes > 0.95 * (hello.weights_bytes + hello.kv_bytes)
                 woke = await worker.call("promote", deadline_s=60, epoch=epoch)
+                took["sleep_s"].append(round(slept["total_s"], 4))
+                took["wake_s"].append(round(woke["total_s"], 4))
                 assert (await worker.call("canary", deadline_s=60))["ok"]
                 assert await text_of(spec.socket_path) == before
             await worker.call("drop_image", deadline_s=60)
-            await from_the_store(worker, filled, fd, tmp_path, partial(text_of, spec.socket_path))
+            # It may go while the weights are in it alone.
+            await worker.call("image", deadline_s=60, fd=fd, state="ready", key=filled["key"])
+            await worker.call("demote", deadline_s=60, epoch=5)
+            await worker.call("drop_image", deadline_s=60)
+            assert (await worker.call("promote", deadline_s=60, epoch=5))["weights_from"] == "source"
+            assert await text_of(spec.socket_path) == before
+            from_store_s = await from_the_store(worker, filled, fd, tmp_path, partial(text_of, spec.socket_path))
         finally:
             os.close(fd)
-        print(json.dumps({"fill_s": filled["fill_s"], "sleep_s": slept["total_s"], "wake_s": woke["total_s"]}))  # noqa: T201
+        stretch = raw_disk.Stretch(str(tmp_path / "swap"), 0, filled["bytes"])
+        depth, rate = raw_disk.best([raw_disk.rates([stretch], 10.0)])
+        told = {"bytes": filled["bytes"], "fill_s": filled["fill_s"], "from_store_s": from_store_s}
+        print(json.dumps({**told, **took, "disk": {"depth": depth, "bytes_s": rate}}))  # noqa: T201
     finally:
         await worker.stop(Settings(verb_s=20))
     assert free_bytes - device.free_bytes() < 256 * MiB

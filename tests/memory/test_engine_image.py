@@ -206,7 +206,7 @@ def test_an_image_stays_while_weights_are_away_that_were_changed(memory: Memory,
     changed = memory.content()
     vault.put_away(memory.segments())
     with pytest.raises(TransitionError, match="1 segments of the weights were changed"):
-        vault.drop()
+        vault.drop(parameters=[memory.pages[0].address + 5])
     swap(vault, memory)
     assert memory.content() == changed
     assert not vault.drop()
@@ -339,6 +339,27 @@ def test_weights_that_were_changed_are_not_read_from_an_image(memory: Memory, im
     vault.drop()
     with pytest.raises(SwapMiss, match="were others"):
         vault.restore(reader(copy))
+    os.close(copy)
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+def test_what_an_engine_computes_in_is_kept_beside_the_image(memory: Memory, image_fd: int, asleep: bool) -> None:
+    """It lies among the weights, is no parameter, and is another at every sleep."""
+    vault = Vault(memory)
+    filled(vault, image_fd)
+    copy = kept(image_fd)
+    ctypes.memset(memory.pages[2].address + 7, 99, 1)
+    changed, parameters = memory.content(), [pages.address for pages in memory.pages[:2]]
+    if asleep:
+        vault.put_away(memory.segments())
+        assert vault.drop(parameters=parameters)
+    else:
+        vault.drop(parameters=parameters)
+        vault.forget(memory.segments())
+    swap(vault, memory)
+    assert memory.content() != changed
+    vault.restore(reader(copy))
+    assert memory.content() == changed
     os.close(copy)
 
 

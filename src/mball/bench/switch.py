@@ -106,7 +106,7 @@ def run_switch(options: Options, *, json_path: Path | None, markdown_path: Path 
 async def _all(options: Options, kept: Kept, console: Console) -> list[Outcome]:
     parts = [(MBALL, _mball)]
     if options.vllm is not None and options.peer:
-        parts.insert(0, (STOCK, by_hand))
+        parts.append((STOCK, by_hand))
     outcomes = [Outcome(name) for name, _ in parts]
     with tempfile.TemporaryDirectory(prefix="mball-bench-") as folder:
         for outcome, (name, part) in zip(outcomes, parts, strict=True):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mball.bench.switch import Options
 
 _END_S = 60.0
+_IMAGE_S = 30.0
 _SLACK_BYTES = 512 << 20
 _STATE = "/mball/v1/state"
 
@@ -51,6 +52,7 @@ async def in_turn(options: Options, folder: Path, outcome: Outcome, after: Calla
         after(f"started in {outcome.facts['ready_s']:.1f} s")
         before = (await served[0].say(8)).text
         outcome.facts |= await rates(served[0], options)
+        outcome.facts["image_before"] = await _image_is_there(served[0])
         outcome.facts["same"] = (await served[1].say(8)).text == before
         # Whoever comes back for the first time, too.
         await served[0].say(8)
@@ -88,15 +90,22 @@ def _last(events: list[dict[str, Any]]) -> int:
     return max((event["number"] for event in events), default=0)
 
 
-async def _events(served: Served) -> list[dict[str, Any]]:
-    """All that are kept."""
-    found = []
+async def _image_is_there(served: Served) -> bool:
+    """Its first sleep is to have nothing to wait for; where no image is made, it has not."""
+    return any(event["kind"] == "image ready" for event in await _events(served, _IMAGE_S, "image ready"))
+
+
+async def _events(served: Served, seconds: float = 1.0, until: str | None = None) -> list[dict[str, Any]]:
+    """All that are kept, and those that come meanwhile, up to the first of the kind `until`."""
+    found: list[dict[str, Any]] = []
     async with served.session.get("/mball/v1/events", params={"recent": 1024}) as answer:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(seconds):
                 async for line in answer.content:
                     if line.startswith(b"data:"):
                         found.append(yaml.safe_load(line.removeprefix(b"data:")))
+                        if found[-1]["kind"] == until:
+                            break
     return found
 
 

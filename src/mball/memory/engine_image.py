@@ -25,6 +25,8 @@ from mball.swap.place import digest
 from mball.units import format_bytes
 
 _SETTLE_S = 120.0
+_ASIDE_SHARE = 1 / 16
+"""Of weights that are forgotten: what is kept of them beside an image, as they were changed."""
 
 
 class EngineMemory(Protocol):
@@ -194,15 +196,14 @@ class Vault:
             raise TransitionError("there is an image already, or one is being filled")
 
     def forget(self, segments: Mapping[int, int]) -> None:
-        """These go without being kept. Where all of them are as they were when the image was filled, they can be had
-        from the swap store, should it have that."""
-        known = self._manifest()
+        """These go. What is as it was when the image was filled can be had from the swap store, should it have that;
+        where little is not (what an engine computes in lies among its weights), that is copied out."""
+        same = self._unchanged(segments, self._manifest())
+        changed = {address: nbytes for address, nbytes in segments.items() if address not in same}
         self._lost = None
-        if segments.keys() <= known.keys() and all(known[a].nbytes == n for a, n in segments.items()):
-            with self._memory.entered():
-                prints = self._memory.fingerprints(segments)
-            if all(known[address].fingerprint == found for address, found in prints.items()):
-                self._lost = set(segments)
+        if same and sum(changed.values()) <= _ASIDE_SHARE * sum(segments.values()):
+            self._copy_out(changed)
+            self._lost = same
 
     def restore(self, read: Reader) -> None:
         """What was forgotten, or lost with the image, from the swap store; its memory is there again.
@@ -218,23 +219,25 @@ class Vault:
     def filling(self) -> Filling | None:
         return self._filling
 
-    def drop(self, still_wanted: Collection[int] = ()) -> bool:
+    def drop(self, still_wanted: Collection[int] = (), parameters: Collection[int] = ()) -> bool:
         """Ends a filling, and lets go of the image. Whether weights are lost by it: those that are in it alone, but for
-        the segments that addresses of `still_wanted` lie in. Raises TransitionError, also while weights are away that
-        were changed since: to load them again would undo that.
+        the segments that addresses of `still_wanted` lie in. Raises TransitionError, also while `parameters` are away
+        that were changed since: to load them again would undo that.
         """
         if self._filling is not None:
             self._filling.cancel.set()
         image = self._settled_image()
-        if image is not None and (changed := self._aside.keys() & image.segments.keys()):
-            raise TransitionError(f"{len(changed)} segments of the weights were changed since they were loaded")
+        if image is not None:
+            aside = self._aside.keys() & image.segments.keys()
+            if changed := [a for a in aside if _holds(a, image.segments[a].nbytes, parameters)]:
+                raise TransitionError(f"{len(changed)} segments of the weights were changed since they were loaded")
         self._filling = self._again = None
         if image is None:
             return False
         self._known = image.segments
         for address in self._from_image:
             nbytes = image.segments[address].nbytes
-            if any(address <= wanted < address + nbytes for wanted in still_wanted):
+            if _holds(address, nbytes, still_wanted):
                 self._aside[address] = mapping.Mapping(nbytes)
                 image.read(address, self._aside[address].address)
         lost = bool(self._from_image)
@@ -246,21 +249,11 @@ class Vault:
 
     def put_away(self, segments: Mapping[int, int]) -> int:
         """What is not in the image, or was changed since it was made, is copied out: so many bytes."""
-        memory, image = self._memory, self._settled_image()
-        known = image.segments if image is not None else {}
-        same = {a: n for a, n in segments.items() if (kept := known.get(a)) is not None and kept.nbytes == n}
-        with memory.entered():
-            prints = memory.fingerprints(same)
-        self._from_image |= {a for a, found in prints.items() if found == known[a].fingerprint}
-        copied = 0
-        with memory.entered():
-            for address in segments.keys() - self._from_image:
-                nbytes = segments[address]
-                self._aside[address] = mapping.Mapping(nbytes)
-                memory.save(self._aside[address].address, address, nbytes)
-                copied += nbytes
-            memory.finish()
-        return copied
+        image = self._settled_image()
+        self._from_image |= self._unchanged(segments, image.segments if image is not None else {})
+        changed = {address: nbytes for address, nbytes in segments.items() if address not in self._from_image}
+        self._copy_out(changed)
+        return sum(changed.values())
 
     def bring_back(self, address: int) -> None:
         """Begins to fill a segment whose memory is there again; one that was not put away stays as it is."""
@@ -278,6 +271,19 @@ class Vault:
                 aside.close()
         self._from_image -= addresses
 
+    def _unchanged(self, segments: Mapping[int, int], known: Mapping[int, Kept]) -> set[int]:
+        there = {a: n for a, n in segments.items() if (kept := known.get(a)) is not None and kept.nbytes == n}
+        with self._memory.entered():
+            prints = self._memory.fingerprints(there)
+        return {address for address, found in prints.items() if found == known[address].fingerprint}
+
+    def _copy_out(self, segments: Mapping[int, int]) -> None:
+        with self._memory.entered():
+            for address, nbytes in segments.items():
+                self._aside[address] = mapping.Mapping(nbytes)
+                self._memory.save(self._aside[address].address, address, nbytes)
+            self._memory.finish()
+
     def _settled_image(self) -> EngineImage | None:
         if self._filling is None:
             return self._again
@@ -287,6 +293,10 @@ class Vault:
     def _manifest(self) -> Mapping[int, Kept]:
         image = self._settled_image()
         return self._known if image is None else image.segments
+
+
+def _holds(address: int, nbytes: int, wanted: Collection[int]) -> bool:
+    return any(address <= at < address + nbytes for at in wanted)
 
 
 def _pieces(segments: Mapping[int, Kept]) -> Iterator[tuple[int, int, int]]:

@@ -75,8 +75,12 @@ class Rpc:
     def mball_drop_image(self: Process) -> dict[str, Any]:
         """Ends a filling under way, and lets go of the image; `lost`: the parameters, which were in it alone. What no
         reload of the weights makes is kept."""
-        buffers = [tensor.untyped_storage().data_ptr() for tensor in vllm_compat.model_of(self).buffers()]
-        return {"lost": self.mball_vault().drop(buffers)}
+        model = vllm_compat.model_of(self)
+        buffers, parameters = (
+            [tensor.untyped_storage().data_ptr() for tensor in tensors]
+            for tensors in (model.buffers(), model.parameters())
+        )
+        return {"lost": self.mball_vault().drop(buffers, parameters)}
 
     def mball_stages(self) -> dict[str, Any]:
         """How this process came up; `server_at`: when the server's process had been imported."""

@@ -188,11 +188,14 @@ async def test_a_forked_worker_says_what_a_fresh_one_does_and_a_dead_zygote_is_r
 
 async def from_the_store(
     worker: WorkerProcess, filled: dict[str, Any], fd: int, folder: Path, ask: Callable[[], Awaitable[Any]]
-) -> None:
-    """Its image is in the swap store and nowhere else, then back in DRAM, then damaged in the store. Epochs 5 to 8."""
+) -> float:
+    """Its image is in the swap store and nowhere else, then back in DRAM, then damaged in the store. Epochs 5 to 8.
+    Seconds of the wake straight from the store."""
     before = await ask()
     key, nbytes = bytes.fromhex(filled["key"]), filled["bytes"]
-    keeper = SwapKeeper(settings(folder / "swap", size_bytes=nbytes + 16 * MiB, slot_bytes=MiB), Events())
+    keeper = SwapKeeper(
+        settings(folder / "swap", size_bytes=nbytes + nbytes // 50 + 16 * MiB, slot_bytes=MiB), Events()
+    )
     assert await keeper.open()
     assert keeper.service is not None
     try:
@@ -201,6 +204,8 @@ async def from_the_store(
         assert await put(key, MODEL, fd, nbytes) > nbytes
         assert await put(key, MODEL, fd, nbytes) == 0
         place = keeper.service.store.find(key, MODEL)
+
+        took: list[float] = []
 
         async def there_and_back(epoch: int, place: Place) -> dict[str, Any]:
             said = json.dumps(place.to_wire()).encode()
@@ -212,6 +217,7 @@ async def from_the_store(
             finally:
                 os.close(place_fd)
             assert await ask() == before
+            took.append(done["total_s"])
             return {name: done[name] for name in ("weights_from", "missed") if name in done}
 
         assert await there_and_back(5, place) == {"weights_from": "nvme"}
@@ -227,6 +233,7 @@ async def from_the_store(
         await worker.call("drop_image", deadline_s=60)
         damage_all(keeper.service)
         assert await there_and_back(8, place) == {"weights_from": "source", "missed": "checksum"}
+        return took[0]
     finally:
         await keeper.close()
 
@@ -249,7 +256,7 @@ async def asleep_and_back(
 def image_is_mapped(pid: int, inode: int) -> bool:
     """One of its processes has the image mapped."""
     maps = [Path(f"/proc/{member}/maps").read_text() for member in proc.family(pid)]
-    return any(re.search(rf"\b{inode} +/memfd:smol", text) for text in maps)
+    return any(re.search(rf"\b{inode} +/memfd:", text) for text in maps)
 
 
 async def test_an_interpreter_without_vllm_is_refused_for_good(tmp_path: Path) -> None:
