@@ -251,3 +251,17 @@ def test_a_part_of_a_checkpoint_is_the_default_loaders(
     loader: dict[str, Any], source: dict[str, Any], plain: bool
 ) -> None:
     assert vllm_compat.plain(Options(**{"load_config": Options(), **loader}), Options(**source)) is plain
+
+
+def test_a_workers_steps_are_noted_before_they_are_taken(package: Callable[..., None]) -> None:
+    package()
+
+    class Worker:
+        def execute_model(self, scheduled: int, *, grammar: str) -> tuple[int, str, list[str]]:
+            return scheduled, grammar, list(noted)
+
+    noted: list[str] = []
+    vllm_compat.note_steps(Worker, lambda: noted.append("step"))
+    assert Worker().execute_model(3, grammar="g") == (3, "g", ["step"])
+    with pytest.raises(EngineUnsupported, match="execute_model"):
+        vllm_compat.note_steps(Options, print)

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from mball.device import memfd
 from mball.device.mapping import Mapping as Pages
 from mball.errors import Cancelled, SwapMiss, TransitionError
 from mball.loader.registered import PIECE_BYTES
+from mball.memory import engine_image
 from mball.memory.engine_image import EngineImage, Vault
 from mball.memory.engine_stored import Reader
 from mball.memory.fingerprint import fingerprints
+from mball.memory.pace import Pace
 from mball.units import MiB
 
 SIZES = (3 * MiB, PIECE_BYTES + 2 * MiB, mmap.PAGESIZE)
@@ -49,11 +52,15 @@ class Memory:
         self.copied = 0
         self.gate = threading.Event()
         self.gate.set()
+        self.busy = False
         for number, pages in enumerate(self.pages):
             ctypes.memset(pages.address, number + 1, pages.nbytes)
 
     def entered(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def computes(self) -> bool:
+        return self.busy
 
     def segments(self) -> Mapping[int, int]:
         return {pages.address: pages.nbytes for pages in self.pages}
@@ -174,6 +181,23 @@ def test_memory_that_is_to_go_waits_for_the_filling(memory: Memory, image_fd: in
     assert memory.content() == before
 
 
+@pytest.mark.parametrize("wanted", ["slept", "dropped"])
+def test_a_filling_that_gives_way_is_hurried_where_it_is_waited_for(
+    memory: Memory, image_fd: int, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take hours else."""
+    monkeypatch.setattr(engine_image, "Pace", partial(Pace, share=1e-9, gives_way_s=1e9))
+    memory.busy, before, vault = True, memory.content(), Vault(memory)
+    vault.fill(image_fd, 0)
+    if wanted == "slept":
+        assert vault.put_away(memory.segments()) == 0
+        swap(vault, memory)
+        assert memory.content() == before
+    else:
+        vault.drop()
+    assert bool(memory.runtime.registered) is (wanted == "slept")
+
+
 def test_an_image_that_is_let_go_leaves_nothing_registered(memory: Memory, image_fd: int) -> None:
     vault = Vault(memory)
     filled(vault, image_fd)
@@ -202,11 +226,11 @@ def test_with_an_image_go_weights_that_are_in_it_alone_but_for_those_still_wante
 def test_an_image_stays_while_weights_are_away_that_were_changed(memory: Memory, image_fd: int) -> None:
     vault = Vault(memory)
     filled(vault, image_fd)
-    ctypes.memset(memory.pages[0].address, 99, 1)
+    ctypes.memset(memory.pages[1].address, 99, 1)
     changed = memory.content()
     vault.put_away(memory.segments())
-    with pytest.raises(TransitionError, match="1 segments of the weights were changed"):
-        vault.drop(parameters=[memory.pages[0].address + 5])
+    with pytest.raises(TransitionError, match=r"66\.0 MiB of the weights were changed"):
+        vault.drop()
     swap(vault, memory)
     assert memory.content() == changed
     assert not vault.drop()
@@ -254,7 +278,7 @@ def test_pieces_are_registered_where_they_are_copied_to(memory: Memory, image_fd
         save(target, address, nbytes)
 
     memory.save = checked  # type: ignore[method-assign]
-    image = EngineImage.fill(memory, image_fd, MiB, threading.Event())
+    image = EngineImage.fill(memory, image_fd, MiB, threading.Event(), Pace(memory.computes))
     assert pinned
     assert all(pinned)
     image.close()
@@ -264,7 +288,7 @@ def test_cancelled_before_it_begins(memory: Memory, image_fd: int) -> None:
     cancel = threading.Event()
     cancel.set()
     with pytest.raises(Cancelled):
-        EngineImage.fill(memory, image_fd, 0, cancel)
+        EngineImage.fill(memory, image_fd, 0, cancel, Pace(memory.computes))
 
 
 def reader(fd: int) -> Reader:
@@ -344,17 +368,17 @@ def test_weights_that_were_changed_are_not_read_from_an_image(memory: Memory, im
 
 @pytest.mark.parametrize("asleep", [False, True])
 def test_what_an_engine_computes_in_is_kept_beside_the_image(memory: Memory, image_fd: int, asleep: bool) -> None:
-    """It lies among the weights, is no parameter, and is another at every sleep."""
+    """It lies among the weights, and is another at every sleep."""
     vault = Vault(memory)
     filled(vault, image_fd)
     copy = kept(image_fd)
     ctypes.memset(memory.pages[2].address + 7, 99, 1)
-    changed, parameters = memory.content(), [pages.address for pages in memory.pages[:2]]
+    changed = memory.content()
     if asleep:
         vault.put_away(memory.segments())
-        assert vault.drop(parameters=parameters)
+        assert vault.drop()
     else:
-        vault.drop(parameters=parameters)
+        vault.drop()
         vault.forget(memory.segments())
     swap(vault, memory)
     assert memory.content() != changed

@@ -51,8 +51,9 @@ async def in_turn(options: Options, folder: Path, outcome: Outcome, after: Calla
         outcome.facts["ready_s"] = time.monotonic() - began
         after(f"started in {outcome.facts['ready_s']:.1f} s")
         before = (await served[0].say(8)).text
-        outcome.facts |= await rates(served[0], options)
+        outcome.facts |= {f"filling_{name}": rate for name, rate in (await rates(served[0], options)).items()}
         outcome.facts["image_before"] = await _image_is_there(served[0])
+        outcome.facts |= await rates(served[0], options)
         outcome.facts["same"] = (await served[1].say(8)).text == before
         # Whoever comes back for the first time, too.
         await served[0].say(8)

@@ -385,6 +385,21 @@ def time_stages(worker: Any, times: dict[str, tuple[float, float]]) -> None:
         setattr(worker, name, _timed(name, getattr(worker, name), times))
 
 
+def note_steps(worker: Any, note: Callable[[], None]) -> None:
+    """Has a worker's class tell whenever it begins to compute. Raises EngineUnsupported."""
+    found = check_version()
+    if not hasattr(worker, "execute_model"):
+        raise _changed(found, f"{worker.__name__}.execute_model", "there")
+    execute = worker.execute_model
+
+    @functools.wraps(execute)
+    def noted(*arguments: Any, **options: Any) -> Any:
+        note()
+        return execute(*arguments, **options)
+
+    worker.execute_model = noted
+
+
 def keep_kernels(worker: Any) -> None:
     """Has a worker's class warm up with Triton's kernels where they were the last time. vLLM moves Triton's folder into
     a compiled model's while it compiles and leaves it there, but not when that is loaded: the first two starts of a

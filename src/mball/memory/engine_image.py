@@ -21,6 +21,7 @@ from mball.device.host import host_threads
 from mball.errors import Cancelled, MballError, SwapMiss, TransitionError
 from mball.loader.registered import PIECE_BYTES, RegisteredImage
 from mball.memory.engine_stored import Reader, bring
+from mball.memory.pace import Pace
 from mball.swap.place import digest
 from mball.units import format_bytes
 
@@ -38,6 +39,9 @@ class EngineMemory(Protocol):
 
     def entered(self) -> AbstractContextManager[None]:
         """Inside, the calling thread uses it."""
+
+    def computes(self) -> bool:
+        """It has begun a step within the last moments."""
 
     def segments(self) -> Mapping[int, int]:
         """Bytes of the weights by address, whole pages, as far as there is memory behind them."""
@@ -72,9 +76,11 @@ class EngineImage:
         self.segments = segments
 
     @classmethod
-    def fill(cls, memory: EngineMemory, fd: int, offset: int, cancel: threading.Event) -> EngineImage:
-        """Beside an engine that computes. Raises Cancelled, TransitionError, RegistrationFailed, DeviceError,
-        OSError."""
+    def fill(cls, memory: EngineMemory, fd: int, offset: int, cancel: threading.Event, pace: Pace) -> EngineImage:
+        """Beside an engine that may compute: what registers a piece holds up all that is asked of the driver.
+
+        Raises Cancelled, TransitionError, RegistrationFailed, DeviceError, OSError.
+        """
         there = dict(memory.segments())
         # Before they are copied: what changes meanwhile has another fingerprint when it is compared.
         with memory.entered():
@@ -91,10 +97,10 @@ class EngineImage:
             undo.callback(memory.finish)
 
             def save(piece: tuple[int, int, int]) -> None:
-                if cancel.is_set():
-                    raise Cancelled("the image is not wanted any more")
-                address, position, nbytes = piece
-                with memory.entered():
+                with pace.turn(), memory.entered():
+                    if cancel.is_set():
+                        raise Cancelled("the image is not wanted any more")
+                    address, position, nbytes = piece
                     memory.save(pages.pin(position), address, nbytes)
 
             with ThreadPoolExecutor(host_threads(), thread_name_prefix="mball-image") as pool:
@@ -130,18 +136,20 @@ class Filling:
         self.state = "filling"
         self.error: str | None = None
         self.cancel = threading.Event()
+        self._pace = Pace(memory.computes)
         self._thread = threading.Thread(target=self._run, args=(memory, fd, offset), name="mball-fill", daemon=True)
         self._thread.start()
 
     def settle(self) -> None:
-        """Until it has ended. Raises TransitionError where that takes too long."""
+        """Until it has ended, as fast as it can. Raises TransitionError where that takes too long."""
+        self._pace.hurry()
         self._thread.join(_SETTLE_S)
         if self._thread.is_alive():
             raise TransitionError(f"the image is still being filled after {_SETTLE_S:.0f} s")
 
     def _run(self, memory: EngineMemory, fd: int, offset: int) -> None:
         try:
-            self.image = EngineImage.fill(memory, fd, offset, self.cancel)
+            self.image = EngineImage.fill(memory, fd, offset, self.cancel, self._pace)
             self.state = "ready"
         except (MballError, OSError, RuntimeError) as error:
             self.error = f"{type(error).__name__}: {error}"
@@ -219,25 +227,25 @@ class Vault:
     def filling(self) -> Filling | None:
         return self._filling
 
-    def drop(self, still_wanted: Collection[int] = (), parameters: Collection[int] = ()) -> bool:
+    def drop(self, still_wanted: Collection[int] = ()) -> bool:
         """Ends a filling, and lets go of the image. Whether weights are lost by it: those that are in it alone, but for
-        the segments that addresses of `still_wanted` lie in. Raises TransitionError, also while `parameters` are away
-        that were changed since: to load them again would undo that.
+        the segments that addresses of `still_wanted` lie in. Raises TransitionError, also while weights are away that
+        were changed since, and not in a few places alone: to load them again would undo that.
         """
         if self._filling is not None:
             self._filling.cancel.set()
         image = self._settled_image()
         if image is not None:
-            aside = self._aside.keys() & image.segments.keys()
-            if changed := [a for a in aside if _holds(a, image.segments[a].nbytes, parameters)]:
-                raise TransitionError(f"{len(changed)} segments of the weights were changed since they were loaded")
+            changed = sum(image.segments[a].nbytes for a in self._aside.keys() & image.segments.keys())
+            if changed > _ASIDE_SHARE * sum(kept.nbytes for kept in image.segments.values()):
+                raise TransitionError(f"{format_bytes(changed)} of the weights were changed since they were loaded")
         self._filling = self._again = None
         if image is None:
             return False
         self._known = image.segments
         for address in self._from_image:
             nbytes = image.segments[address].nbytes
-            if _holds(address, nbytes, still_wanted):
+            if any(address <= wanted < address + nbytes for wanted in still_wanted):
                 self._aside[address] = mapping.Mapping(nbytes)
                 image.read(address, self._aside[address].address)
         lost = bool(self._from_image)
@@ -293,10 +301,6 @@ class Vault:
     def _manifest(self) -> Mapping[int, Kept]:
         image = self._settled_image()
         return self._known if image is None else image.segments
-
-
-def _holds(address: int, nbytes: int, wanted: Collection[int]) -> bool:
-    return any(address <= at < address + nbytes for at in wanted)
 
 
 def _pieces(segments: Mapping[int, Kept]) -> Iterator[tuple[int, int, int]]:

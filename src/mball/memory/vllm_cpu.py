@@ -18,7 +18,7 @@ from mball.device import libc
 from mball.loader import vllm_compat
 from mball.memory.engine_image import Vault
 from mball.memory.fingerprint import fingerprints
-from mball.memory.vllm_rpc import STAGES, Rpc
+from mball.memory.vllm_rpc import STAGES, STEPS, Rpc
 
 
 class HostRuntime:
@@ -40,6 +40,9 @@ class HostMemory:
 
     def entered(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def computes(self) -> bool:
+        return STEPS.are_recent()
 
     def segments(self) -> Mapping[int, int]:
         return self._segments
@@ -119,3 +122,4 @@ def _words(address: int, nbytes: int) -> Tensor:
 
 
 vllm_compat.time_stages(SleepingCpuWorker, STAGES)
+vllm_compat.note_steps(SleepingCpuWorker, STEPS.note)

@@ -14,7 +14,7 @@ from mball.device.cuda import CudaRuntime, CudaStream
 from mball.loader import vllm_compat
 from mball.memory.engine_image import Vault
 from mball.memory.fingerprint import fingerprints
-from mball.memory.vllm_rpc import STAGES, Rpc
+from mball.memory.vllm_rpc import STAGES, STEPS, Rpc
 from mball.memory.vllm_sleeper import Sleeper, mapped
 
 
@@ -32,6 +32,9 @@ class CumemMemory:
         with torch.cuda.stream(torch.cuda.current_stream(self._device)):
             self._copies().enter()
             yield
+
+    def computes(self) -> bool:
+        return STEPS.are_recent()
 
     def segments(self) -> Mapping[int, int]:
         return mapped(self._cumem, vllm_compat.WEIGHTS_TAG)
@@ -121,3 +124,4 @@ def _words(address: int, nbytes: int, device: torch.device) -> Tensor:
 # Imported by the worker's process, once its class is known and before it is asked for anything.
 vllm_compat.keep_kernels(vllm_compat.gpu_worker())
 vllm_compat.time_stages(vllm_compat.gpu_worker(), STAGES)
+vllm_compat.note_steps(vllm_compat.gpu_worker(), STEPS.note)

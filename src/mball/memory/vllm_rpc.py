@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
+import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mball.errors import SwapMiss
@@ -19,9 +21,26 @@ from mball.memory.fingerprint import fingerprint_of
 if TYPE_CHECKING:
     from mball.memory.engine_image import Vault
 
+_RECENT_S = 0.25
 
 STAGES: dict[str, tuple[float, float]] = {}
 """When each of `vllm_compat.STAGES` began and ended in this process, by the monotonic clock."""
+
+
+class Steps:
+    """When this process last began to compute, by the monotonic clock."""
+
+    def __init__(self) -> None:
+        self._at = -math.inf
+
+    def note(self) -> None:
+        self._at = time.monotonic()
+
+    def are_recent(self) -> bool:
+        return time.monotonic() - self._at < _RECENT_S
+
+
+STEPS = Steps()
 
 
 class Process(Protocol):
@@ -75,12 +94,8 @@ class Rpc:
     def mball_drop_image(self: Process) -> dict[str, Any]:
         """Ends a filling under way, and lets go of the image; `lost`: the parameters, which were in it alone. What no
         reload of the weights makes is kept."""
-        model = vllm_compat.model_of(self)
-        buffers, parameters = (
-            [tensor.untyped_storage().data_ptr() for tensor in tensors]
-            for tensors in (model.buffers(), model.parameters())
-        )
-        return {"lost": self.mball_vault().drop(buffers, parameters)}
+        buffers = [tensor.untyped_storage().data_ptr() for tensor in vllm_compat.model_of(self).buffers()]
+        return {"lost": self.mball_vault().drop(buffers)}
 
     def mball_stages(self) -> dict[str, Any]:
         """How this process came up; `server_at`: when the server's process had been imported."""

@@ -25,7 +25,7 @@ MOVE_S = 300.0
 """The manager's own deadlines are shorter; this ends what nobody waits for any more."""
 
 ANSWER_S = 60.0
-_IMAGE_POLL_S = 0.05
+_IMAGE_POLL_S = 0.25
 _FREED_SHARE = 0.9
 """Of the bytes that a sleep has to give back: allocators round."""
 
