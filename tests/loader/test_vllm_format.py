@@ -52,8 +52,7 @@ CONFIGS: dict[str, transformers.PreTrainedConfig] = {
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Every model by both loaders, compared by one process of vLLM's."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vllm_python.vllm_python()
     folder = tmp_path_factory.mktemp("formats")
     models = folder / "models"
@@ -70,9 +69,22 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     data = (torn / "model.safetensors").read_bytes()
     # A field that vLLM's reader skips, and ours has no room for.
     (torn / "model.safetensors").write_bytes(_with_another_field(data))
-    script = Path(__file__).with_name("vllm_formats.py")
-    told: dict[str, Any] = vllm_python.run(script, str(models), str(models / "llama"), folder=folder)
+    return models
+
+
+@pytest.fixture(scope="module")
+def loaded(models: Path) -> dict[str, Any]:
+    """Every model by both loaders, compared by one process of vLLM's."""
+    [told] = by_ranks(models, 1)
     return told
+
+
+def by_ranks(models: Path, ranks: int) -> list[dict[str, Any]]:
+    script = Path(__file__).with_name("vllm_formats.py")
+    found: list[dict[str, Any]] = vllm_python.run(
+        script, str(models), str(models / "llama"), str(ranks), "0", folder=models.parent, VLLM_DIST_IDENT="formats"
+    )
+    return found
 
 
 def quantise(folder: Path) -> None:
@@ -118,6 +130,28 @@ def test_every_tensor_is_what_the_default_loader_makes(loaded: dict[str, Any], n
 
 def test_several_shards_are_read_as_one(loaded: dict[str, Any]) -> None:
     assert len(loaded["qwen2"]["read"]) > 2
+
+
+@pytest.fixture(scope="module")
+def parts(models: Path, loaded: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same by two ranks of a tensor parallel group."""
+    for unfit in ("pickled", "torn-header"):
+        shutil.rmtree(models / unfit)
+    return by_ranks(models, 2)
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "int8"])
+def test_a_rank_reads_what_is_its_own_and_it_is_the_same(
+    loaded: dict[str, Any], parts: list[dict[str, Any]], name: str
+) -> None:
+    assert len(parts) == 2
+    for rank in parts:
+        assert rank[name]["tensors"] == loaded[name]["tensors"]
+        assert not rank[name]["differ"]
+        assert not rank[name]["missing"]
+        assert rank[name]["read"], "it was not ours that read it"
+        # What is on every rank, and headers, are a large part of models as small as these.
+        assert rank[name]["read_bytes"] < 0.65 * loaded[name]["stored_bytes"]
 
 
 @pytest.mark.parametrize("name", ["pickled", "torn-header"])

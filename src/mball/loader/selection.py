@@ -29,12 +29,28 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """From `begin` to `end` along dimension `dim`, not negative, as torch counts."""
+
+    dim: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Wanted:
-    """A tensor as it is to be: `shape` is torch's, of the slice where there is one."""
+    """A tensor as it is to be: `shape` is torch's, of the part where there is one."""
 
     info: TensorInfo
     shape: tuple[int, ...]
-    slice: Slice | None = None
+    part: Part | None = None
+
+    @classmethod
+    def of(cls, info: TensorInfo, part: Part | None = None) -> Wanted:
+        shape = list(torch_shape(info.dtype, info.shape))
+        if part is not None:
+            shape[part.dim] = part.end - part.begin
+        return cls(info, tuple(shape), part)
 
     @property
     def nbytes(self) -> int:
@@ -42,15 +58,14 @@ class Wanted:
 
     def extents(self, offset: int) -> Iterator[Extent]:
         """Its bytes in the files; they begin at byte `offset` of the destination."""
-        info = self.info
-        if self.slice is None:
+        info, part = self.info, self.part
+        if part is None:
             yield Extent(info.shard, info.start, info.nbytes, offset)
             return
-        whole = torch_shape(info.dtype, info.shape)
-        dim = self.slice.dim % len(whole)
-        run_bytes = math.prod(self.shape[dim:]) * TORCH[info.dtype].itemsize
-        stride_bytes = run_bytes * self.slice.world_size
-        start = info.start + self.slice.rank * run_bytes
+        whole, dim = torch_shape(info.dtype, info.shape), part.dim
+        row_bytes = math.prod(whole[dim + 1 :]) * TORCH[info.dtype].itemsize
+        run_bytes, stride_bytes = (part.end - part.begin) * row_bytes, whole[dim] * row_bytes
+        start = info.start + part.begin * row_bytes
         count = math.prod(whole[:dim])
         if run_bytes and count > 1 and run_bytes < RUN_BYTES:
             yield Extent(info.shard, start, self.nbytes, offset, runs=Runs(run_bytes, stride_bytes))
@@ -76,9 +91,8 @@ def select(
             continue
         if info.dtype not in TORCH or any(size > _MAX_SIZE for size in info.shape):
             raise _unsupported(checkpoint, info, "torch has no tensor of")
-        shape = torch_shape(info.dtype, info.shape)
-        part = next((part for name, part in (slices or {}).items() if fnmatchcase(info.name, name)), None)
-        wanted.append(Wanted(info, shape if part is None else _sliced(checkpoint, info, shape, part), part))
+        share = next((share for name, share in (slices or {}).items() if fnmatchcase(info.name, name)), None)
+        wanted.append(Wanted.of(info, None if share is None else _part(checkpoint, info, share)))
     return wanted
 
 
@@ -86,16 +100,16 @@ def _matches(name: str, patterns: Collection[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _sliced(checkpoint: Checkpoint, info: TensorInfo, shape: tuple[int, ...], part: Slice) -> tuple[int, ...]:
-    if not 0 <= part.rank < part.world_size:
-        raise ValueError(f"rank {part.rank} of {part.world_size}")
-    if not -len(shape) <= part.dim < len(shape) or shape[part.dim] % part.world_size:
+def _part(checkpoint: Checkpoint, info: TensorInfo, share: Slice) -> Part:
+    if not 0 <= share.rank < share.world_size:
+        raise ValueError(f"rank {share.rank} of {share.world_size}")
+    shape = torch_shape(info.dtype, info.shape)
+    if not -len(shape) <= share.dim < len(shape) or shape[share.dim] % share.world_size:
         raise _unsupported(
-            checkpoint, info, f"dimension {part.dim} is not there, or not {part.world_size} equal parts, of"
+            checkpoint, info, f"dimension {share.dim} is not there, or not {share.world_size} equal parts, of"
         )
-    sizes = list(shape)
-    sizes[part.dim] //= part.world_size
-    return tuple(sizes)
+    size = shape[share.dim] // share.world_size
+    return Part(share.dim % len(shape), share.rank * size, (share.rank + 1) * size)
 
 
 def _unsupported(checkpoint: Checkpoint, info: TensorInfo, why: str) -> UnsupportedCheckpoint:

@@ -118,6 +118,14 @@ def _groups(wanted: Sequence[Wanted], group_bytes: int) -> list[list[Wanted]]:
 def _load(
     checkpoint: Checkpoint, wanted: Sequence[Wanted], device: torch.device, options: Options
 ) -> dict[str, Tensor]:
+    tensors = load_parts(checkpoint, wanted, device, options)
+    return {tensor.info.name: loaded for tensor, loaded in zip(wanted, tensors, strict=True)}
+
+
+def load_parts(
+    checkpoint: Checkpoint, wanted: Sequence[Wanted], device: torch.device, options: Options
+) -> list[Tensor]:
+    """What `select` found, or parts of the same tensors, in one memory. Raises what `load` raises."""
     offsets: list[int] = []
     extents: list[Extent] = []
     nbytes = 0
@@ -129,10 +137,10 @@ def _load(
     with ExitStack() as undo:
         slab.populate()
         undo.callback(slab.release)
-        tensors = {
-            tensor.info.name: slab.view(offset, tensor.shape, TORCH[tensor.info.dtype])
+        tensors = [
+            slab.view(offset, tensor.shape, TORCH[tensor.info.dtype])
             for tensor, offset in zip(wanted, offsets, strict=True)
-        }
+        ]
         fill(extents, checkpoint, slab, options)
         undo.pop_all()
     return tensors

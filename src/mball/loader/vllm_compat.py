@@ -385,12 +385,18 @@ def time_stages(worker: Any, times: dict[str, tuple[float, float]]) -> None:
         setattr(worker, name, _timed(name, getattr(worker, name), times))
 
 
+def ranks() -> int:
+    """Of the tensor parallel group that this process is one of."""
+    from vllm.distributed import get_tensor_model_parallel_world_size
+
+    return int(get_tensor_model_parallel_world_size())
+
+
 def note_steps(worker: Any, note: Callable[[], None]) -> None:
     """Has a worker's class tell whenever it begins to compute. Raises EngineUnsupported."""
-    found = check_version()
-    if not hasattr(worker, "execute_model"):
-        raise _changed(found, f"{worker.__name__}.execute_model", "there")
-    execute = worker.execute_model
+    execute = getattr(worker, "execute_model", None)
+    if execute is None:
+        raise _changed(check_version(), f"{worker.__name__}.execute_model", "there")
 
     @functools.wraps(execute)
     def noted(*arguments: Any, **options: Any) -> Any:

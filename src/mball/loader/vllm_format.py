@@ -1,7 +1,7 @@
 """vLLM's load format `mball`: its own default loader, with the tensors read by this package.
 
-What a model's weights are, which files hold them and what becomes of each tensor stays vLLM's business. Every rank of a
-tensor parallel group reads whole tensors and keeps its part, as vLLM's own formats do.
+What a model's weights are, which files hold them and what becomes of each tensor stays vLLM's business. A rank of a
+tensor parallel group reads what it cuts out of a tensor alone, where vLLM's own formats read all of it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from torch import Tensor
 from mball.errors import MballError
 from mball.loader import vllm_compat
 from mball.loader.checkpoint import Checkpoint
+from mball.loader.lazy_stream import LazyStream
 from mball.loader.tensors import STREAM_BYTES, stream
 from mball.loader.vllm_names import LOAD_FORMAT
-from mball.units import GiB
+from mball.units import GiB, format_bytes
 
 GROUP_BYTES = 1 * GiB
 """The most that is read into one memory; two such are there at most, beside what the model keeps."""
@@ -61,7 +62,9 @@ def register() -> None:
                 return None
             vllm_compat.begins(self)
             try:
-                return _named(source.prefix, read(sorted(Path(file) for file in files), _device()))
+                paths = sorted(Path(file) for file in files)
+                tensors = read(paths, _device()) if vllm_compat.ranks() == 1 else read_part(paths, _device())
+                return _named(source.prefix, tensors)
             except (MballError, OSError) as error:
                 _log.warning("%s: read by vLLM's own loader: %s", source.model_or_path, error)
                 return None
@@ -76,11 +79,26 @@ def read(files: list[Path], device: torch.device) -> Iterator[tuple[str, Tensor]
     caller has in use. Raises what `stream` raises.
     """
     checkpoint = Checkpoint.of_files(files[0].parent, files)
-    # Between two groups the bus waits: few large ones, of which two are an eighth of the weights.
-    group_bytes = min(GROUP_BYTES, max(STREAM_BYTES, checkpoint.image_bytes // 16))
-    tensors = stream(checkpoint, device, by_name=True, group_bytes=group_bytes)
+    tensors = stream(checkpoint, device, by_name=True, group_bytes=_group_bytes(checkpoint))
     first = list(zip(range(1), tensors, strict=False))
     return chain((pair for _, pair in first), tensors)
+
+
+def read_part(files: list[Path], device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """The same for one of several ranks: nothing is read yet, nor will be of what it does not use."""
+    checkpoint = Checkpoint.of_files(files[0].parent, files)
+    tensors = LazyStream(checkpoint, device, _group_bytes(checkpoint))
+
+    def told() -> Iterator[tuple[str, Tensor]]:
+        yield from tensors
+        _log.info("%s of %s read", format_bytes(tensors.read_bytes), format_bytes(checkpoint.image_bytes))
+
+    return told()
+
+
+def _group_bytes(checkpoint: Checkpoint) -> int:
+    # Between two groups the bus waits: few large ones, of which two are an eighth of the weights.
+    return min(GROUP_BYTES, max(STREAM_BYTES, checkpoint.image_bytes // 16))
 
 
 def _named(prefix: str, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
