@@ -233,6 +233,17 @@ def test_any_cuts(checkpoint: Checkpoint, stored: dict[str, Tensor], data: st.Da
     assert torch.equal(tensor + 0, whole)
 
 
+def test_what_can_not_be_read_is_known_before_any_is_handed_out(stored: dict[str, Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(stored, path)
+    stream = LazyStream(Checkpoint.open(tmp_path), CPU)
+    stream.prove()
+    assert stream.read_bytes == stored["scale"].nbytes
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        stream.prove()
+
+
 def test_a_file_that_became_shorter_is_said_when_it_is_used(stored: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(stored, path)

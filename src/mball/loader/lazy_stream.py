@@ -45,6 +45,12 @@ class LazyStream:
         self._infos = [tensor.info for tensor in wanted]
         self._learned: dict[tuple[str, str, tuple[int, ...]], _Parts] = {}
 
+    def prove(self) -> None:
+        """Reads the smallest tensor, so that what can't be read this way is known before any is handed out. Raises what
+        `load` raises."""
+        if self._infos:
+            self._read(Wanted.of(min(self._infos, key=lambda info: info.nbytes)))
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         cancel, at = Event(), 0
         with ThreadPoolExecutor(1, thread_name_prefix="mball-lazy") as pool:

@@ -85,9 +85,10 @@ def read(files: list[Path], device: torch.device) -> Iterator[tuple[str, Tensor]
 
 
 def read_part(files: list[Path], device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """The same for one of several ranks: nothing is read yet, nor will be of what it does not use."""
+    """The same for one of several ranks: of what it does not use nothing will be read. Raises what `stream` raises."""
     checkpoint = Checkpoint.of_files(files[0].parent, files)
     tensors = LazyStream(checkpoint, device, _group_bytes(checkpoint))
+    tensors.prove()
 
     def told() -> Iterator[tuple[str, Tensor]]:
         yield from tensors
