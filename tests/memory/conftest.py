@@ -37,6 +37,7 @@ QUICK = Settings(
     working_bytes=0,
     slack_bytes=8 * MiB,
     sample_s=0.05,
+    books_s=0.05,
     foreign_s=0.05,
 )
 """Waits that tests can afford."""

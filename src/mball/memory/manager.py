@@ -142,7 +142,7 @@ class Manager:
             self._spawn(slot.scheduler.run(), f"scheduler of {slot.name}")
             self._spawn(slot.sampler.run(), f"sampler of {slot.name}")
             _log.info("device", device=slot.name, budget_bytes=slot.ledger.total_bytes)
-        self._spawn(self._books.run(self._settings.sample_s), "books")
+        self._spawn(self._books.run(self._settings.books_s), "books")
         self._spawn(self._open_swap(), "swap store")
         self._spawn(self._pressure.run(), "pressure")
         self._spawn(self._figures.run(), "figures")

@@ -22,7 +22,8 @@ class Settings:
     Images leave `host_reserve_bytes` of host memory to others (None: by the host's size), looked at every `pressure_s`
     at least, and come back once it was enough for `calm_s`. What a balloon took for others comes back once there was
     room for it for `deflate_s`. A model counts as computing for `active_s` after its last request. Figures are kept
-    every `save_s` where there is a folder for them. What others hold of a device is looked at every `foreign_s`.
+    every `save_s` where there is a folder for them. What others hold of a device is looked at every `foreign_s`,
+    the books are checked every `books_s`.
     An image that leaves DRAM is written to the swap store where its files are slower (`auto`), in any case, or never;
     that may take `store_s`, and `hurry_s` where host memory is short.
     """
@@ -61,6 +62,7 @@ class Settings:
     sample_s: float = 0.25
     idle_sample_s: float = 10.0
     foreign_s: float = 1.0
+    books_s: float = 2.0
     rate_window_s: float = 1200.0
     log_bytes: int = 8 * MiB
     host_reserve_bytes: int | None = None
