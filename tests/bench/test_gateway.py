@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from mball.bench.gateway import MOST, TIMES, Settings, run_gateway, verdicts
-from mball.bench.gateway_servers import DIRECT, LITELLM, MBALL
+from mball.bench.gateway_servers import BARE, DIRECT, LITELLM, MBALL
 from mball.bench.report import Report, from_json
 from mball.bench.runner import Outcome
 from mball.errors import ConfigError
@@ -17,9 +17,13 @@ def test_a_small_run(tmp_path: Path) -> None:
     settings = Settings(None, seconds=0.2, windows=1, rate=20, streams=8, growth=20, rounds=1)
     run_gateway(settings, json_path=out, markdown_path=page, console=Console(quiet=True))
     (report,) = from_json(out.read_text())
-    assert [(outcome.name, outcome.not_run) for outcome in report.outcomes] == [(DIRECT, None), (MBALL, None)]
-    direct, mine = (outcome.rounds[0] for outcome in report.outcomes)
+    assert [(outcome.name, outcome.not_run) for outcome in report.outcomes] == [
+        (name, None) for name in (DIRECT, MBALL, BARE)
+    ]
+    direct, mine, bare = (outcome.rounds[0] for outcome in report.outcomes)
     assert direct.keys() == TIMES.keys()
+    assert bare.keys() >= TIMES.keys() | {"added_p50_ms", "first_p99_ms"}
+    assert "a uvicorn that forwards and does nothing else, added, p50, ms: " in page.read_text()
     assert mine.keys() >= TIMES.keys() | {"stream_kib", "growth_mib"}
     assert all(mine[name] > 0 for name in TIMES)
     assert "JSON, 1 connection: not compared" in page.read_text()

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from mball.bench import machine
 from mball.bench.gateway_contenders import Spec, reference
-from mball.bench.gateway_servers import DIRECT, LITELLM, MBALL
+from mball.bench.gateway_servers import BARE, DIRECT, LITELLM, MBALL
 from mball.bench.report import Column, Kept, Report, Spread
 from mball.bench.runner import TIMEOUT_S, Contender, Outcome, merge, rotated, run
 from mball.errors import ConfigError
@@ -69,7 +69,7 @@ class Settings:
 
     def specs(self) -> list[Spec]:
         mine = Spec(MBALL, "", self.seconds, self.windows, self.rate, self.rate / 4, self.streams, self.growth)
-        found = [replace(mine, contender=DIRECT), mine]
+        found = [replace(mine, contender=DIRECT), mine, replace(mine, contender=BARE, streams=0, growth=0)]
         if self.litellm is not None:
             # As many streams, or requests, would take it many minutes.
             peer = replace(mine, contender=LITELLM, streams=self.streams // 10, growth=0, windows=1)
@@ -131,6 +131,10 @@ def verdicts(report: Report) -> list[str]:
         found = median(mine, name)
         reached = "reached" if found <= most else "not reached"
         lines.append(f"{NAMES[name]}: {found:.2f}; wanted at most {most:g}: {reached}")
+    bare, those = report.outcome(BARE), [name for name in MOST if name.endswith("_ms")]
+    if bare is not None and all(values(bare, name) for name in those):
+        said = ", ".join(f"{NAMES[name]}: {median(bare, name):.2f}" for name in those)
+        lines.append(f"of a uvicorn that forwards and does nothing else, {said}")
     direct = report.outcome(DIRECT)
     if mine is not None and direct is not None:
         added_ms = 1000 / median(mine, "json_1_rps") - 1000 / median(direct, "json_1_rps")

@@ -55,6 +55,8 @@ def _turn(spec: Spec) -> dict[str, Any]:
         server, facts = worker, {}
         if spec.contender == servers.MBALL:
             server = stack.enter_context(servers.mball())
+        elif spec.contender == servers.BARE:
+            server = stack.enter_context(servers.bare())
         elif spec.contender == servers.LITELLM:
             facts = {"version": servers.install_litellm(Path(spec.venv))}
             server = stack.enter_context(servers.litellm(Path(spec.venv), worker.port))

@@ -1,5 +1,5 @@
-"""What `mball bench gateway` measures, each until its context ends: the worker itself, MBALL and the LiteLLM proxy
-before it."""
+"""What `mball bench gateway` measures, each until its context ends: the worker itself, and before it MBALL, a uvicorn
+that only forwards, and the LiteLLM proxy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mball.bench.contenders import Cannot
 from mball.bench.gateway_client import asks
 from mball.server.run import bind
 
-DIRECT, MBALL, LITELLM = "worker, directly", "mball", "litellm"
+DIRECT, MBALL, BARE, LITELLM = "worker, directly", "mball", "uvicorn that only forwards", "litellm"
 _START_S = 180.0
 _INSTALL_S = 900.0
 _REQUIREMENT = "litellm[proxy]"
@@ -49,9 +49,20 @@ def direct() -> Iterator[Server]:
 @contextlib.contextmanager
 def mball() -> Iterator[Server]:
     key = secrets.token_urlsafe(16)
+    with _ours("mball.bench.gateway_mball", key, f"--key={key}") as server:
+        yield server
+
+
+@contextlib.contextmanager
+def bare() -> Iterator[Server]:
+    with _ours("mball.bench.gateway_bare", "no key") as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _ours(module: str, key: str, *arguments: str) -> Iterator[Server]:
     with bind("127.0.0.1", 0) as sock, tempfile.TemporaryDirectory(prefix="mball-bench-") as folder:
-        command = [sys.executable, "-m", "mball.bench.gateway_mball", "--fd", str(sock.fileno())]
-        command += ["--folder", folder, f"--key={key}"]
+        command = [sys.executable, "-m", module, "--fd", str(sock.fileno()), "--folder", folder, *arguments]
         with _running(command, sock.getsockname()[1], key, fds=[sock.fileno()]) as server:
             yield server
 

@@ -1,7 +1,7 @@
 """A worker program that answers at once: what is left of a request's time is the gateway's.
 
-`--port N`: it serves by itself, for a peer or the load generator to call. `--control-fd N --spec JSON`: it is MBALL's
-worker. A request says in its text what it wants: `chunks=64 pace_ms=10`.
+`--port-fd N`: it serves that socket by itself, for a peer or the load generator to call. `--control-fd N --spec JSON`:
+it is MBALL's worker. A request says in its text what it wants: `chunks=64 pace_ms=10`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ class Worker(asyncio.Protocol):
 
 
 async def _serve_alone(port_fd: int) -> None:
-    server = await asyncio.get_running_loop().create_server(Worker, sock=socket.socket(fileno=port_fd))
+    sock, loop = socket.socket(fileno=port_fd), asyncio.get_running_loop()
+    make = loop.create_unix_server if sock.family == socket.AF_UNIX else loop.create_server
+    server = await make(Worker, sock=sock)
     await server.serve_forever()
 
 
