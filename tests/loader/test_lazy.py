@@ -117,6 +117,21 @@ def test_a_layer_that_is_used_otherwise_is_right_all_the_same(
             assert torch.equal(tensor + 0, stored[name])
 
 
+def test_what_is_put_by_until_its_layer_is_whole_is_read_ahead_too(
+    checkpoint: Checkpoint, stored: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone: list[Wanted] = []
+    read = LazyStream._read
+    monkeypatch.setattr(LazyStream, "_read", lambda self, wanted: (alone.append(wanted), read(self, wanted))[1])
+    layers: dict[str, list[tuple[str, Tensor]]] = {}
+    for name, tensor in LazyStream(checkpoint, CPU, group_bytes=1 << 13):
+        layers.setdefault(".".join(name.split(".")[:2]), []).append((name, tensor))
+        if name.endswith("row.weight"):
+            for each, put_by in layers[".".join(name.split(".")[:2])]:
+                assert same(kept(each, put_by, 0), kept(each, stored[each], 0))
+    assert 0 < len(alone) < 6 * LAYERS // 2
+
+
 def test_those_that_are_kept_for_later_are_read_later(checkpoint: Checkpoint, stored: dict[str, Tensor]) -> None:
     tensors = dict(LazyStream(checkpoint, CPU))
     assert all(same(kept(name, tensors[name], 1), kept(name, stored[name], 1)) for name in stored)

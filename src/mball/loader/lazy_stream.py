@@ -82,15 +82,19 @@ class LazyStream:
 
     def _hand_out(self, info: TensorInfo, ahead: dict[Part | None, Tensor]) -> Iterator[tuple[str, Tensor]]:
         used: dict[Part | None, Tensor] = {}
+        parts: list[Part | None] = []
 
         def fetch(part: Part | None) -> Tensor:
             if part not in used:
                 there = ahead.pop(part, None)
                 used[part] = self._read(Wanted.of(info, part)) if there is None else there
+                # A loader may put tensors by, and use them once their layer is whole.
+                parts.append(part)
+                self._learned[_kind(info)] = tuple(parts)
             return used[part]
 
         yield info.name, LazyTensor(fetch, torch_shape(info.dtype, info.shape), TORCH[info.dtype], self._device)
-        self._learned[_kind(info)] = tuple(used)
+        self._learned.setdefault(_kind(info), ())
         used.clear()
 
     def _read(self, wanted: Wanted) -> Tensor:
