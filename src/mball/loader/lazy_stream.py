@@ -18,7 +18,7 @@ from torch import Tensor
 from mball.loader.checkpoint import Checkpoint, TensorInfo
 from mball.loader.dtypes import TORCH, torch_shape
 from mball.loader.fill import Options
-from mball.loader.lazy import LazyTensor
+from mball.loader.lazy import LazyTensor, Whole
 from mball.loader.selection import Part, Wanted, select
 from mball.loader.tensors import STREAM_BYTES, load_parts
 
@@ -93,7 +93,8 @@ class LazyStream:
                 self._learned[_kind(info)] = tuple(parts)
             return used[part]
 
-        yield info.name, LazyTensor(fetch, torch_shape(info.dtype, info.shape), TORCH[info.dtype], self._device)
+        shape, dtype = torch_shape(info.dtype, info.shape), TORCH[info.dtype]
+        yield info.name, LazyTensor(Whole(fetch), shape, dtype, self._device)
         self._learned.setdefault(_kind(info), ())
         used.clear()
 
