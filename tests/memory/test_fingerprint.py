@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mball.memory.fingerprint import fingerprint_of, fingerprints
+from mball.errors import DeviceError
+from mball.memory import fingerprint
+from mball.memory.fingerprint import add_up_chunks, fingerprint_of, fingerprints
 
 WORDS = 70_000
 """More than a chunk."""
@@ -72,3 +79,40 @@ def test_tensors_of_any_dtype_and_shape() -> None:
     same = tensors()
     assert fingerprint_of([*same, same[1].view(77) if same[1].is_contiguous() else same[1]]) == first
     assert fingerprint_of([]) == 0
+
+
+def right(pieces: Sequence[torch.Tensor], chunk_words: int) -> torch.Tensor:
+    return add_up_chunks(pieces, chunk_words).clone()
+
+
+def wrong(pieces: Sequence[torch.Tensor], chunk_words: int) -> torch.Tensor:
+    return add_up_chunks(pieces, chunk_words) + 1
+
+
+def broken(pieces: Sequence[torch.Tensor], chunk_words: int) -> torch.Tensor:
+    raise DeviceError("Triton: no assembler")
+
+
+@pytest.fixture
+def _anew() -> Iterator[None]:
+    """What was found out of a kernel is found out again."""
+    fingerprint._in_one_pass.cache_clear()
+    yield
+    fingerprint._in_one_pass.cache_clear()
+
+
+@pytest.mark.usefixtures("_anew")
+@pytest.mark.parametrize(
+    ("kernel", "why"), [(right, ""), (wrong, "adds up wrongly"), (broken, "no assembler"), (None, "ImportError")]
+)
+def test_a_kernel_is_taken_where_it_is_there_and_right(
+    kernel: object, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, told = ModuleType("kernel"), list[str]()
+    if kernel is not None:
+        made.__dict__["add_up_in_one_pass"] = kernel
+    monkeypatch.setitem(sys.modules, "mball.memory.fingerprint_kernel", made)
+    monkeypatch.setattr(fingerprint, "warn_once", told.append)
+    taken = fingerprint._in_one_pass(torch.device("cpu"))
+    assert taken is (right if kernel is right else None)
+    assert [why in line for line in told] == ([True] if why else [])

@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from mball.errors import DeviceError
 from mball.loader.ring import warn_once
 
 _CHUNK_WORDS = {"cpu": 1 << 15, "cuda": 1 << 21}
@@ -67,7 +68,7 @@ def _in_one_pass(device: torch.device) -> AddUp | None:
         if torch.equal(add_up_in_one_pass(pieces, chunk_words), add_up_chunks(pieces, chunk_words)):
             return add_up_in_one_pass
         why = "it adds up wrongly"
-    except (ImportError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+    except (ImportError, DeviceError, RuntimeError, OSError, subprocess.SubprocessError) as error:
         why = f"{type(error).__name__}: {error}"
     warn_once(f"no kernel by Triton for fingerprints ({why}): every sleep of 16 GiB takes some 40 ms more")
     return None

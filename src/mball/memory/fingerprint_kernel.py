@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.errors import TritonError
 
+from mball.errors import DeviceError
 from mball.memory.fingerprint import GOLDEN
 
 _BLOCK_WORDS = 4096
@@ -27,10 +29,13 @@ def _add_up(words, sums, count, CHUNK: tl.constexpr, KEY: tl.constexpr, BLOCK: t
 
 
 def add_up_in_one_pass(pieces: Sequence[Tensor], chunk_words: int) -> Tensor:
-    """As `add_up_chunks`; `chunk_words` is a multiple of 4096."""
+    """As `add_up_chunks`; `chunk_words` is a multiple of 4096. Raises DeviceError where Triton makes none."""
     counts = [-(-piece.numel() // chunk_words) for piece in pieces]
     sums = torch.zeros(sum(counts), 2, dtype=torch.int64, device=pieces[0].device)
-    for piece, into in zip(pieces, torch.split(sums, counts), strict=True):
-        if blocks := -(-piece.numel() // _BLOCK_WORDS):
-            _add_up[(blocks,)](piece, into, piece.numel(), chunk_words, GOLDEN, _BLOCK_WORDS, num_warps=8)
+    try:
+        for piece, into in zip(pieces, torch.split(sums, counts), strict=True):
+            if blocks := -(-piece.numel() // _BLOCK_WORDS):
+                _add_up[(blocks,)](piece, into, piece.numel(), chunk_words, GOLDEN, _BLOCK_WORDS, num_warps=8)
+    except TritonError as error:
+        raise DeviceError(f"Triton: {error}") from error
     return sums
