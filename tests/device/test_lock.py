@@ -3,12 +3,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from mball.device import lock
-from mball.device.lock import lock_device
+from mball.device.lock import lock_device, lock_within
 from mball.errors import DeviceError, DeviceInUse
 
 HOLD = """
@@ -114,3 +115,13 @@ def test_a_holder_that_says_nothing_useful(folder: Path, said: bytes) -> None:
     with pytest.raises(DeviceInUse, match=r"pid 7: a\?\[31m\?b, since then"):
         lock_device("cuda:GPU-1", folder)
     held.release()
+
+
+def test_a_lock_is_waited_for_so_long_and_no_longer(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    held, other = (os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC) for _ in range(2))
+    assert lock_within(held, 0.0)
+    assert not lock_within(other, 0.05)
+    threading.Timer(0.1, os.close, [held]).start()
+    assert lock_within(other, 30.0)
+    os.close(other)

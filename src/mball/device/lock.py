@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mball.errors import DeviceError, DeviceInUse
 FOLDERS = (Path("/run/lock"), Path("/tmp"))
 """Where locks of GPUs lie, the first that is there: all users have to look at the same place."""
 _HOLDER_BYTES = 4096
+_POLL_S = (0.001, 0.05)
 
 
 class DeviceLock:
@@ -49,6 +51,21 @@ def lock_device(name: str, runtime_dir: Path) -> DeviceLock:
     with contextlib.suppress(OSError):  # a lock of another user's file is a lock, but says no name
         _sign(fd)
     return DeviceLock(fd)
+
+
+def lock_within(fd: int, wait_s: float) -> bool:
+    """Whether a file could be locked within so many seconds. flock has no deadline of its own: it is tried again, soon
+    at first."""
+    deadline, (pause_s, most_s) = time.monotonic() + wait_s, _POLL_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, most_s)
 
 
 def _path(name: str, runtime_dir: Path) -> Path:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +12,10 @@ from typing import Any
 
 from mball.device import proc
 from mball.device.device import Foreign, strangers
+from mball.device.lock import lock_within
 from mball.errors import DeviceError, DeviceOutOfMemory
 
 _LOCK_S = 10.0
-_LOCK_POLL_S = 0.001
 
 
 @dataclass
@@ -140,7 +138,8 @@ class SimulatedDevice:
         """The state under the lock, the dead too."""
         fd = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            _lock(fd, self.name)
+            if not lock_within(fd, _LOCK_S):
+                raise DeviceError(f"{self.name}: another process has held its lock for {_LOCK_S:.0f} s")
             yield _read(self.path)
         finally:
             os.close(fd)
@@ -148,19 +147,6 @@ class SimulatedDevice:
 
 def _lives(pid: int, holder: _Holder) -> bool:
     return proc.start_ticks(pid) == holder.start_ticks
-
-
-def _lock(fd: int, name: str) -> None:
-    deadline = time.monotonic() + _LOCK_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise DeviceError(f"{name}: another process has held its lock for {_LOCK_S:.0f} s") from None
-            # flock has no deadline of its own.
-            time.sleep(_LOCK_POLL_S)
 
 
 def _read(path: Path) -> _State:

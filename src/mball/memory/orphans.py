@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mball.device.lock import lock_within
 from mball.device.proc import PROC, start_ticks
 from mball.errors import ConfigError
 
@@ -212,23 +213,11 @@ def _locked(path: Path, wait_s: float) -> Iterator[str | None]:
         return
     try:
         text = None
-        if _lock(fd, wait_s) and os.fstat(fd).st_nlink:
+        if lock_within(fd, wait_s) and os.fstat(fd).st_nlink:
             text = os.pread(fd, 1 << 20, 0).decode(errors="replace")
         yield text
     finally:
         os.close(fd)
-
-
-def _lock(fd: int, wait_s: float) -> bool:
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(_POLL_S)  # flock has no deadline of its own
 
 
 def _read(text: str) -> Iterator[dict[str, Any]]:
