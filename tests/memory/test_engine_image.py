@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -113,6 +113,17 @@ def swap(vault: Vault, memory: Memory) -> None:
     for address in memory.segments():
         vault.bring_back(address)
     vault.finish(set(memory.segments()))
+
+
+def lose_image(vault: Vault, memory: Memory, *, asleep: bool, still_wanted: Sequence[int] = ()) -> None:
+    """The image goes while its memory is away, or before; then that is there again."""
+    if asleep:
+        vault.put_away(memory.segments())
+        assert vault.drop(still_wanted)
+    else:
+        vault.drop()
+        vault.forget(memory.segments())
+    swap(vault, memory)
 
 
 def filled(vault: Vault, fd: int, offset: int = 0) -> None:
@@ -311,13 +322,7 @@ def test_what_left_with_its_image_is_read_where_the_image_went(memory: Memory, i
     before, vault = memory.content(), Vault(memory)
     filled(vault, image_fd, offset=MiB)
     name, copy = vault.name(), kept(image_fd)
-    if asleep:
-        vault.put_away(memory.segments())
-        assert vault.drop([memory.pages[2].address])
-    else:
-        vault.drop()
-        vault.forget(memory.segments())
-    swap(vault, memory)
+    lose_image(vault, memory, asleep=asleep, still_wanted=[memory.pages[2].address])
     assert memory.content() != before
     vault.restore(reader(copy))
     assert memory.content() == before
@@ -374,13 +379,7 @@ def test_what_an_engine_computes_in_is_kept_beside_the_image(memory: Memory, ima
     copy = kept(image_fd)
     ctypes.memset(memory.pages[2].address + 7, 99, 1)
     changed = memory.content()
-    if asleep:
-        vault.put_away(memory.segments())
-        assert vault.drop()
-    else:
-        vault.drop()
-        vault.forget(memory.segments())
-    swap(vault, memory)
+    lose_image(vault, memory, asleep=asleep)
     assert memory.content() != changed
     vault.restore(reader(copy))
     assert memory.content() == changed

@@ -24,8 +24,7 @@ def main() -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen()
-        # It ends with this process.
-        subprocess.Popen(
+        worker = subprocess.Popen(
             [sys.executable, "-m", "mball.bench.gateway_worker", "--port-fd", str(listening.fileno())],
             pass_fds=[listening.fileno()],
         )
@@ -44,7 +43,12 @@ def main() -> None:
     config = uvicorn.Config(
         forward, log_config=None, access_log=False, loop="uvloop", http="httptools", ws="none", lifespan="off"
     )
-    uvicorn.Server(config).run(sockets=[socket.socket(fileno=arguments.fd)])
+    try:
+        uvicorn.Server(config).run(sockets=[socket.socket(fileno=arguments.fd)])
+    finally:
+        workers.close()
+        worker.kill()
+        worker.wait()
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, key: str) -> None:
         except urllib.error.HTTPError as error:
             raise Cannot(f"it answered {error.code}: {error.read()[:300]!r}") from None
         except OSError:
-            # Another's server tells nobody when it listens.
-            time.sleep(0.1)
+            # Another's server tells nobody when it listens, but when it ends.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.1)
     raise Cannot(f"it does not answer after {_START_S:.0f} s")
