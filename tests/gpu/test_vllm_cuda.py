@@ -43,6 +43,9 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+WAKES = 3
+"""From the store, each beside the disk by itself."""
+
 CHECK = Path(__file__).with_name("vllm_check.py")
 
 
@@ -165,11 +168,19 @@ async def test_its_server_as_a_worker(model: Path, tmp_path: Path) -> None:
             await worker.call("drop_image", deadline_s=60)
             assert (await worker.call("promote", deadline_s=60, epoch=5))["weights_from"] == "source"
             assert await text_of(spec.socket_path) == before
-            from_store_s = await from_the_store(worker, filled, fd, tmp_path, partial(text_of, spec.socket_path))
+            stretch, passes = raw_disk.Stretch(str(tmp_path / "swap"), 0, filled["bytes"]), list[raw_disk.Rates]()
+            from_store_s = await from_the_store(
+                worker,
+                filled,
+                fd,
+                tmp_path,
+                partial(text_of, spec.socket_path),
+                WAKES,
+                lambda: passes.append(raw_disk.rates([stretch], 5.0)),
+            )
         finally:
             os.close(fd)
-        stretch = raw_disk.Stretch(str(tmp_path / "swap"), 0, filled["bytes"])
-        depth, rate = raw_disk.best([raw_disk.rates([stretch], 10.0)])
+        depth, rate = raw_disk.best(passes)
         told = {"bytes": filled["bytes"], "fill_s": filled["fill_s"], "from_store_s": from_store_s}
         print(json.dumps({**told, **took, "disk": {"depth": depth, "bytes_s": rate}}))  # noqa: T201
     finally:

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from mball.device import memfd
 from mball.device.memfd import Writer
 from mball.errors import Cancelled, ReadError
-from mball.loader import workers
+from mball.loader import source, workers
 from mball.loader.checkpoint import Checkpoint, Shard, TensorInfo
 from mball.loader.lanes import FileLane, HostLane
-from mball.loader.plan import Extent, chunked
+from mball.loader.plan import Extent, Runs, chunked
 from mball.loader.reader import Source, read
 from tests.loader.files import open_descriptors
 
@@ -165,3 +165,53 @@ def test_a_full_image_is_an_error(checkpoint: Checkpoint) -> None:
             read(extents(checkpoint), Source(checkpoint), lambda: FileLane(Writer(full)), threads=2)
     finally:
         os.close(full)
+
+
+RUNS = Runs(96, 256)
+
+
+@pytest.mark.parametrize("most_bytes", [10**9, 1, 96, 4096 + 13], ids="at most {} a call".format)
+@pytest.mark.parametrize("gap_bytes", [160, 159], ids=["gaps read over", "gaps left out"])
+def test_runs_arrive_however_little_a_call_reads(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, most_bytes: int, gap_bytes: int
+) -> None:
+    calls = 0
+
+    def preadv(fd: int, buffers: list[memoryview], at: int) -> int:
+        nonlocal calls
+        calls += 1
+        content = os.pread(fd, min(most_bytes, sum(map(len, buffers))), at)
+        left = content
+        for buffer in buffers:
+            buffer[: len(left)] = left[: len(buffer)]
+            left = left[len(buffer) :]
+        return len(content)
+
+    count, shard = 600, checkpoint.shards[0]
+    # The last run ends where the file does: nothing behind it is read.
+    start = shard.size_bytes - (count - 1) * RUNS.stride_bytes - RUNS.run_bytes
+    buffer = bytearray(count * RUNS.run_bytes)
+    monkeypatch.setattr(source, "GAP_BYTES", gap_bytes)
+    monkeypatch.setattr(source.os, "preadv", preadv)
+    opened = Source(checkpoint)
+    try:
+        opened.read_extent(memoryview(buffer), Extent(0, start, len(buffer), 0, runs=RUNS))
+    finally:
+        opened.close()
+    content = shard.path.read_bytes()
+    places = range(start, shard.size_bytes, RUNS.stride_bytes)
+    assert bytes(buffer) == b"".join(content[at : at + RUNS.run_bytes] for at in places)
+    if most_bytes == 10**9:
+        assert calls == (2 if gap_bytes == 160 else count)
+
+
+def test_a_file_that_ends_between_runs_is_an_error(checkpoint: Checkpoint) -> None:
+    opened = Source(checkpoint)
+    try:
+        os.truncate(checkpoint.shards[0].path, checkpoint.tensors["second"].start + 1000)
+        extent = Extent(0, checkpoint.tensors["second"].start, 960, 0, runs=RUNS)
+        with pytest.raises(ReadError, match="shrank") as raised:
+            opened.read_extent(memoryview(bytearray(960)), extent)
+    finally:
+        opened.close()
+    assert raised.value.tensor == "second"

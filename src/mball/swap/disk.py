@@ -11,10 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mball.device.vectored import MOST_BUFFERS, after
 from mball.swap.layout import BLOCK_BYTES
-
-_MOST_PARTS = 1024
-"""Buffers that one system call takes (IOV_MAX)."""
 
 
 class Disk:
@@ -31,11 +29,11 @@ class Disk:
         left = list(parts)
         done = 0
         while left:
-            count = self.preadv(left[:_MOST_PARTS], at + done)
+            count = self.preadv(left[:MOST_BUFFERS], at + done)
             if count == 0:
                 raise OSError(errno.EIO, f"the file ends at byte {at + done}")
             done += count
-            left = _after(left, count)
+            left = after(left, count)
         self._forget(at, done)
         return done
 
@@ -43,9 +41,9 @@ class Disk:
         left = list(parts)
         done = 0
         while left:
-            count = self.pwritev(left[:_MOST_PARTS], at + done)
+            count = self.pwritev(left[:MOST_BUFFERS], at + done)
             done += count
-            left = _after(left, count)
+            left = after(left, count)
         return done
 
     def preadv(self, parts: Sequence[memoryview], at: int) -> int:
@@ -138,12 +136,3 @@ def _reads_directly(fd: int) -> bool:
     except OSError as error:
         return error.errno != errno.EINVAL
     return True
-
-
-def _after(parts: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of the parts after so many bytes."""
-    for number, part in enumerate(parts):
-        if count < len(part):
-            return [part[count:], *parts[number + 1 :]]
-        count -= len(part)
-    return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -187,11 +188,17 @@ async def test_a_forked_worker_says_what_a_fresh_one_does_and_a_dead_zygote_is_r
 
 
 async def from_the_store(
-    worker: WorkerProcess, filled: dict[str, Any], fd: int, folder: Path, ask: Callable[[], Awaitable[Any]]
-) -> float:
-    """Its image is in the swap store and nowhere else, then back in DRAM, then damaged in the store. Epochs 5 to 8.
-    Seconds of the wake straight from the store."""
-    before = await ask()
+    worker: WorkerProcess,
+    filled: dict[str, Any],
+    fd: int,
+    folder: Path,
+    ask: Callable[[], Awaitable[Any]],
+    wakes: int = 1,
+    between: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """Its image is in the swap store and nowhere else, then back in DRAM, then damaged in the store. Epochs from 5 on.
+    Seconds of each wake straight from the store, before which `between` is called."""
+    before, epochs = await ask(), itertools.count(5)
     key, nbytes = bytes.fromhex(filled["key"]), filled["bytes"]
     keeper = SwapKeeper(
         settings(folder / "swap", size_bytes=nbytes + nbytes // 50 + 16 * MiB, slot_bytes=MiB), Events()
@@ -207,8 +214,8 @@ async def from_the_store(
 
         took: list[float] = []
 
-        async def there_and_back(epoch: int, place: Place) -> dict[str, Any]:
-            said = json.dumps(place.to_wire()).encode()
+        async def there_and_back(place: Place) -> dict[str, Any]:
+            said, epoch = json.dumps(place.to_wire()).encode(), next(epochs)
             place_fd = memfd.create("place", len(said))
             os.pwrite(place_fd, said, 0)
             await worker.call("demote", deadline_s=60, epoch=epoch)
@@ -220,20 +227,24 @@ async def from_the_store(
             took.append(done["total_s"])
             return {name: done[name] for name in ("weights_from", "missed") if name in done}
 
-        assert await there_and_back(5, place) == {"weights_from": "nvme"}
-        assert await there_and_back(6, replace(place, key=MODEL)) == {"weights_from": "source", "missed": "changed"}
+        for _ in range(wakes):
+            between()
+            assert await there_and_back(place) == {"weights_from": "nvme"}
+        changed = await there_and_back(replace(place, key=MODEL))
+        assert changed == {"weights_from": "source", "missed": "changed"}
         # In DRAM once more, it is what it was: asleep, it is taken in place of what was forgotten.
-        await worker.call("demote", deadline_s=60, epoch=7)
+        epoch = next(epochs)
+        await worker.call("demote", deadline_s=60, epoch=epoch)
         with pytest.raises(VerbFailed, match="another in every process"):
             await worker.call("image", deadline_s=60, fd=fd, state="ready", key=MODEL.hex())
         await worker.call("image", deadline_s=60, fd=fd, state="ready", key=key.hex())
         assert image_is_mapped(worker.pid, os.fstat(fd).st_ino)
-        assert (await worker.call("promote", deadline_s=60, epoch=7))["weights_from"] == "dram"
+        assert (await worker.call("promote", deadline_s=60, epoch=epoch))["weights_from"] == "dram"
         assert await ask() == before
         await worker.call("drop_image", deadline_s=60)
         damage_all(keeper.service)
-        assert await there_and_back(8, place) == {"weights_from": "source", "missed": "checksum"}
-        return took[0]
+        assert await there_and_back(place) == {"weights_from": "source", "missed": "checksum"}
+        return took[:wakes]
     finally:
         await keeper.close()
 
