@@ -19,7 +19,7 @@ from mball.errors import Cancelled, SwapMiss, TransitionError
 from mball.loader.registered import PIECE_BYTES
 from mball.memory import engine_image
 from mball.memory.engine_image import EngineImage, Vault
-from mball.memory.engine_stored import Reader
+from mball.memory.engine_stored import Stored
 from mball.memory.fingerprint import fingerprints
 from mball.memory.pace import Pace
 from mball.units import MiB
@@ -302,11 +302,16 @@ def test_cancelled_before_it_begins(memory: Memory, image_fd: int) -> None:
         EngineImage.fill(memory, image_fd, 0, cancel, Pace(memory.computes))
 
 
-def reader(fd: int) -> Reader:
+def reader(fd: int, slot_bytes: int = 4096) -> Stored:
+    read_once: set[int] = set()
+
     def read(into: memoryview, at: int) -> None:
+        slots = set(range(at // slot_bytes, -(-(at + len(into)) // slot_bytes)))
+        assert not slots & read_once, "a slot is read for each of those that want a part of it"
+        read_once.update(slots)
         assert os.preadv(fd, [into], at) == len(into)
 
-    return read
+    return Stored(read, slot_bytes)
 
 
 def kept(fd: int) -> int:
@@ -317,14 +322,17 @@ def kept(fd: int) -> int:
     return copy
 
 
+@pytest.mark.parametrize("slot_bytes", [4096, 3 * MiB, 16 * MiB])
 @pytest.mark.parametrize("asleep", [False, True])
-def test_what_left_with_its_image_is_read_where_the_image_went(memory: Memory, image_fd: int, asleep: bool) -> None:
+def test_what_left_with_its_image_is_read_where_the_image_went(
+    memory: Memory, image_fd: int, asleep: bool, slot_bytes: int
+) -> None:
     before, vault = memory.content(), Vault(memory)
     filled(vault, image_fd, offset=MiB)
     name, copy = vault.name(), kept(image_fd)
     lose_image(vault, memory, asleep=asleep, still_wanted=[memory.pages[2].address])
     assert memory.content() != before
-    vault.restore(reader(copy))
+    vault.restore(reader(copy, slot_bytes))
     assert memory.content() == before
     assert vault.name() == name
     assert not memory.runtime.registered
@@ -413,5 +421,5 @@ def test_a_slot_that_can_not_be_read_ends_it_and_leaves_nothing(memory: Memory, 
         raise SwapMiss("checksum", "a flipped byte")
 
     with pytest.raises(SwapMiss, match="a flipped byte"):
-        vault.restore(read)
+        vault.restore(Stored(read, 4096))
     assert not memory.runtime.registered

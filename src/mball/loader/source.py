@@ -78,13 +78,16 @@ class Source:
         if extent.runs is None:
             self.read_into(buffer, extent.shard, extent.start)
             return
-        run_bytes, gap_bytes = extent.runs.run_bytes, extent.runs.stride_bytes - extent.runs.run_bytes
+        run_bytes, stride_bytes = extent.runs.run_bytes, extent.runs.stride_bytes
+        gap_bytes = stride_bytes - run_bytes
         runs = [buffer[at : at + run_bytes] for at in range(0, extent.nbytes, run_bytes)]
-        step = MOST_BUFFERS // 2 if gap_bytes <= GAP_BYTES else 1
+        step = MOST_BUFFERS // 2 if gap_bytes <= GAP_BYTES and self._stored is None else 1
         gap = memoryview(bytearray(gap_bytes if step > 1 else 0))
         for first in range(0, len(runs), step):
-            buffers = [part for run in runs[first : first + step] for part in (run, gap)][:-1]
-            self._fill(buffers, extent.shard, extent.start + first * extent.runs.stride_bytes)
+            there = runs[first : first + step]
+            buffers = [gap] * (2 * len(there) - 1)
+            buffers[::2] = there
+            self._fill(buffers, extent.shard, extent.start + first * stride_bytes)
 
     def read_direct(self, buffer: memoryview, shard: int, start: int, nbytes: int) -> int | None:
         """Read past the page cache; where in the buffer byte `start` is, or None where the file system refuses.
@@ -166,7 +169,7 @@ class Source:
 
     def _fill(self, buffers: list[memoryview], shard: int, start: int) -> None:
         """With bytes that follow one another."""
-        at, wanted = 0, sum(len(buffer) for buffer in buffers)
+        at, wanted = 0, sum(map(len, buffers))
         while at < wanted:
             try:
                 count = self._read(buffers, shard, start + at)
@@ -175,7 +178,8 @@ class Source:
             if count == 0:
                 raise self._short(shard, start + at, wanted - at)
             at += count
-            buffers = after(buffers, count)
+            if at < wanted:
+                buffers = after(buffers, count)
 
     def _read(self, buffers: list[memoryview], shard: int, start: int) -> int:
         if self.is_files:

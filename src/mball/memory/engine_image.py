@@ -20,7 +20,7 @@ from mball.device.cuda import Registrar
 from mball.device.host import host_threads
 from mball.errors import Cancelled, MballError, SwapMiss, TransitionError
 from mball.loader.registered import PIECE_BYTES, RegisteredImage
-from mball.memory.engine_stored import Reader, bring
+from mball.memory.engine_stored import Stored, bring
 from mball.memory.pace import Pace
 from mball.swap.place import digest
 from mball.units import format_bytes
@@ -213,14 +213,14 @@ class Vault:
             self._copy_out(changed)
             self._lost = same
 
-    def restore(self, read: Reader) -> None:
+    def restore(self, stored: Stored) -> None:
         """What was forgotten, or lost with the image, from the swap store; its memory is there again.
 
         Raises SwapMiss; then it is still to be had from elsewhere.
         """
         if self._lost is None:
             raise SwapMiss("changed", "the weights were others than those in the image")
-        bring(self._memory, {address: self._known[address] for address in self._lost}, read)
+        bring(self._memory, {address: self._known[address] for address in self._lost}, stored)
         self._lost = None
 
     @property

@@ -9,10 +9,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mball.device import mapping
-from mball.device.host import host_threads
 from mball.errors import RegistrationFailed, SwapMiss
 from mball.swap.disk import Disk
 from mball.swap.place import Place
@@ -24,16 +24,24 @@ if TYPE_CHECKING:
     from mball.memory.control import Message
     from mball.memory.engine_image import EngineMemory, Kept
 
-READ_BYTES = 16 * MiB
-"""Of one read, and of the memory that a thread reads into: whole slots, as large as one call takes."""
+READ_BYTES = 4 * MiB
+"""Of one read, or a slot where that is more."""
 
-Reader = Callable[[memoryview, int], None]
-"""Fills memory from a byte of the image; raises SwapMiss."""
+READS = 4
+"""At a time. More under way made a virtual disk a fifth slower, and what a disk of its own can do comes with less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An image in the store. `read` fills memory from a byte of it on, or raises SwapMiss; whole slots are read."""
+
+    read: Callable[[memoryview, int], None]
+    slot_bytes: int
 
 
 @contextlib.contextmanager
-def stored(path: str, slots: Message, place: Message) -> Iterator[Reader]:
-    """What reads an image where it lies. `path` is the store's file, `slots` and `place` are what `Slots` and `Place`
+def stored(path: str, slots: Message, place: Message) -> Iterator[Stored]:
+    """An image where it lies. `path` is the store's file, `slots` and `place` are what `Slots` and `Place`
     say of themselves. Raises SwapMiss where it can't be opened."""
     direct = os.O_DIRECT if slots["direct"] else 0
     try:
@@ -41,21 +49,22 @@ def stored(path: str, slots: Message, place: Message) -> Iterator[Reader]:
     except OSError as error:
         raise SwapMiss("io", f"the store can't be opened: {os.strerror(error.errno or 0)}") from error
     try:
-        yield StoredImage(Slots.from_wire(disk.fd, slots), Place.from_wire(place)).read
+        opened = Slots.from_wire(disk.fd, slots)
+        yield Stored(StoredImage(opened, Place.from_wire(place)).read, opened.layout.slot_bytes)
     finally:
         disk.close()
 
 
-def bring(memory: EngineMemory, wanted: Mapping[int, Kept], read: Reader) -> None:
+def bring(memory: EngineMemory, wanted: Mapping[int, Kept], image: Stored) -> None:
     """Fills segments that have memory again, and proves that they are what they were.
 
     Raises SwapMiss, after which what is in them is worth nothing; DeviceError.
     """
-    threads = host_threads()
-    staging = mapping.Mapping(threads * READ_BYTES)
+    read_bytes = -(-READ_BYTES // image.slot_bytes) * image.slot_bytes
+    staging = mapping.Mapping(READS * read_bytes)
     free: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in range(threads):
-        free.put(number * READ_BYTES)
+    for number in range(READS):
+        free.put(number * read_bytes)
     failed = threading.Event()
 
     def fetch(at: int, nbytes: int, parts: list[tuple[int, int, int]]) -> None:
@@ -64,7 +73,7 @@ def bring(memory: EngineMemory, wanted: Mapping[int, Kept], read: Reader) -> Non
         begin = free.get()
         try:
             with memory.entered():
-                read(memoryview(staging.buffer).cast("B")[begin : begin + nbytes], at)
+                image.read(memoryview(staging.buffer).cast("B")[begin : begin + nbytes], at)
                 for address, position, count in parts:
                     memory.load(address, staging.address + begin + position - at, count)
                 memory.finish()
@@ -80,8 +89,8 @@ def bring(memory: EngineMemory, wanted: Mapping[int, Kept], read: Reader) -> Non
         with contextlib.suppress(RegistrationFailed):
             memory.runtime.register(staging.address, staging.nbytes)
             undo.callback(memory.runtime.unregister, staging.address)
-        with ThreadPoolExecutor(threads, thread_name_prefix="mball-stored") as pool:
-            for done in [pool.submit(fetch, *each) for each in _reads(wanted)]:
+        with ThreadPoolExecutor(READS, thread_name_prefix="mball-stored") as pool:
+            for done in [pool.submit(fetch, *each) for each in _reads(wanted, read_bytes)]:
                 done.result()
     with memory.entered():
         found = memory.fingerprints({address: kept.nbytes for address, kept in wanted.items()})
@@ -89,15 +98,17 @@ def bring(memory: EngineMemory, wanted: Mapping[int, Kept], read: Reader) -> Non
         raise SwapMiss("checksum", "what was read is not what the weights were")
 
 
-def _reads(wanted: Mapping[int, Kept]) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
-    """(byte of the image, bytes, [(address, byte of the image, bytes)]) of each read: from one multiple of READ_BYTES
+def _reads(
+    wanted: Mapping[int, Kept], read_bytes: int
+) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
+    """(byte of the image, bytes, [(address, byte of the image, bytes)]) of each read: from one multiple of `read_bytes`
     to the next, where slots begin, as far as something there is wanted."""
     parts: dict[int, list[tuple[int, int, int]]] = {}
     for address, kept in wanted.items():
         at, end = kept.position, kept.position + kept.nbytes
         while at < end:
-            number = at // READ_BYTES
-            upto = min(end, (number + 1) * READ_BYTES)
+            number = at // read_bytes
+            upto = min(end, (number + 1) * read_bytes)
             parts.setdefault(number, []).append((address + at - kept.position, at, upto - at))
             at = upto
     for number in sorted(parts):

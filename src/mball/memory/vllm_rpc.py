@@ -85,8 +85,8 @@ class Rpc:
     def mball_restore(self: Process, path: str, slots: dict[str, Any], place: dict[str, Any]) -> dict[str, Any]:
         """Weights that were forgotten, straight from the swap store; `missed`: why not (None: they are there)."""
         try:
-            with stored(path, slots, place) as read:
-                self.mball_vault().restore(read)
+            with stored(path, slots, place) as image:
+                self.mball_vault().restore(image)
         except SwapMiss as miss:
             return {"missed": miss.reason, "why": str(miss)}
         return {"missed": None}
