@@ -98,9 +98,7 @@ def bring(memory: EngineMemory, wanted: Mapping[int, Kept], image: Stored) -> No
         raise SwapMiss("checksum", "what was read is not what the weights were")
 
 
-def _reads(
-    wanted: Mapping[int, Kept], read_bytes: int
-) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
+def _reads(wanted: Mapping[int, Kept], read_bytes: int) -> Iterator[tuple[int, int, list[tuple[int, int, int]]]]:
     """(byte of the image, bytes, [(address, byte of the image, bytes)]) of each read: from one multiple of `read_bytes`
     to the next, where slots begin, as far as something there is wanted."""
     parts: dict[int, list[tuple[int, int, int]]] = {}
