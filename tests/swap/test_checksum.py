@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import xxhash
 
 from mball.errors import SwapMiss
+from mball.swap import place
 from mball.swap.checksum import KNOWN, OURS, SHA256, XXH3, checksum
 from mball.swap.disk import aligned
 from mball.swap.place import kind_of
@@ -34,12 +36,13 @@ def test_an_interpreter_without_xxhash_reads_and_writes_slots() -> None:
     subprocess.run([sys.executable, "-c", _WITHOUT_XXHASH], check=True)
 
 
-def test_a_slot_that_such_a_process_wrote_is_read_and_checked(tmp_path: Path) -> None:
+def test_a_slot_that_such_a_process_wrote_is_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, want = open_at(tmp_path / "store"), block("a")
     lease = store.lease("w", want)
     assert lease is not None
-    for run in store.slots.runs(lease.place):
-        store.slots.write_run(lease.place, run, content("a", want.nbytes), kind=SHA256)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, "OURS", SHA256)
+        store.slots.write(lease.place, content("a", want.nbytes))
     assert store.commit("w", [lease.id]) == 1
     memory = aligned(want.nbytes)
     store.slots.read(lease.place, memory)
@@ -50,6 +53,34 @@ def test_a_slot_that_such_a_process_wrote_is_read_and_checked(tmp_path: Path) ->
     with pytest.raises(SwapMiss, match="does not hold") as miss:
         store.slots.read(lease.place, memory)
     assert miss.value.reason == "checksum"
+    store.close()
+
+
+@pytest.mark.parametrize("kind", [XXH3, SHA256, 77])
+def test_a_reader_that_proves_the_payload_itself_needs_no_checksum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int
+) -> None:
+    store, want = open_at(tmp_path / "store"), block("a")
+    lease = store.lease("w", want)
+    assert lease is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(place, "OURS", kind)
+        patch.setattr(place, "checksum", lambda *_: bytes(16))
+        store.slots.write(lease.place, content("a", want.nbytes))
+    damage(store.slots, store.layout.slot_at(lease.place.extents[0].first) + 4096)
+    memory = aligned(want.nbytes)
+    store.slots.read(lease.place, memory, proven=False)
+    assert sum(one != other for one, other in zip(memory, content("a", want.nbytes), strict=True)) == 1
+    with pytest.raises(SwapMiss, match="does not hold"):
+        store.slots.read(lease.place, memory)
+
+    for other in ({"key": b"k" * 32}, {"model": b"m" * 32}, {"generation": lease.place.generation + 1}):
+        with pytest.raises(SwapMiss, match="does not hold") as miss:
+            store.slots.read(replace(lease.place, **other), memory, proven=False)
+        assert miss.value.reason == "stale"
+    damage(store.slots, store.layout.slot_at(lease.place.extents[0].first))
+    with pytest.raises(SwapMiss, match="does not hold"):
+        store.slots.read(lease.place, memory, proven=False)
     store.close()
 
 

@@ -21,7 +21,6 @@ from mball.memory.policy import image_drops
 from mball.memory.settings import Settings
 from mball.memory.states import Process, Weights
 from mball.memory.swap_images import SwapImages
-from mball.swap.checksum import OURS
 from mball.units import format_bytes
 
 if TYPE_CHECKING:
@@ -34,14 +33,12 @@ _log = structlog.get_logger(__name__)
 @dataclass(eq=False)
 class Image:
     """A memfd that outlives workers. `ready`: filled and sealed; `key` names what is in it (None: it can't be had from
-    the swap store), `checksum` is the kind by which its worker can check it there. `transfer` reads it from there, or
-    writes it there; it ends with the image."""
+    the swap store). `transfer` reads it from there, or writes it there; it ends with the image."""
 
     fd: int
     nbytes: int
     ready: bool = False
     key: bytes | None = None
-    checksum: int = OURS
     transfer: asyncio.Task[bool] | None = None
 
 
@@ -185,7 +182,6 @@ class Images:
             return
         fill_s = float(filled.get("fill_s", 0.0))
         image.key = None if (key := filled.get("key")) is None else bytes.fromhex(key)
-        image.checksum = int(filled.get("checksum", OURS))
         if model.spec.worker.starts_awake:
             # Of its memory, not of its files: it has a name only now.
             model.name_image(image.key)

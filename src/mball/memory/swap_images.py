@@ -82,7 +82,6 @@ class SwapImages:
                 saved_s=saved_s,
                 rate=uses,
                 deadline_s=within_s,
-                kind=image.checksum,
             )
         except SwapRefused as error:
             if error.reason == "busy":

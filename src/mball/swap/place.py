@@ -93,11 +93,11 @@ class Place:
         )
 
 
-def header(place: Place, ordinal: int, payload: memoryview, store_id: bytes, kind: int = OURS) -> bytes:
-    """The header's used bytes for this payload. Its checksum, of that kind, is over the fields and the payload, so that
-    a right one proves both."""
-    fields = _FIELDS.pack(_MAGIC, kind, ordinal, len(payload), place.generation, place.key, place.model, store_id)
-    return fields + checksum(kind, fields, payload)
+def header(place: Place, ordinal: int, payload: memoryview, store_id: bytes) -> bytes:
+    """The header's used bytes for this payload. Its checksum is over the fields and the payload, so that a right one
+    proves both."""
+    fields = _fields(place, ordinal, payload, store_id, OURS)
+    return fields + checksum(OURS, fields, payload)
 
 
 HEADER_BYTES = _FIELDS.size + CHECKSUM_BYTES
@@ -105,16 +105,31 @@ HEADER_BYTES = _FIELDS.size + CHECKSUM_BYTES
 
 def kind_of(found: bytes) -> int:
     """Which checksum a header read was written with; ours where it is none that can be checked here."""
-    kind = int.from_bytes(found[_KIND], "little")
+    kind = _kind(found)
     return kind if kind in KNOWN else OURS
 
 
-def difference(found: bytes, wanted: bytes) -> str | None:
-    """None where a header read is the one wanted; `stale` where another write's is there, else `checksum`."""
-    if found[:HEADER_BYTES] == wanted:
-        return None
-    same_fields = found[: _FIELDS.size] == wanted[: _FIELDS.size]
-    return "stale" if found[: len(_MAGIC)] == _MAGIC and not same_fields else "checksum"
+def difference(
+    found: bytes, place: Place, ordinal: int, payload: memoryview, store_id: bytes, *, proven: bool = True
+) -> str | None:
+    """None where a header read is the one wanted; `stale` where another write's is there, else `checksum`.
+
+    Where the payload is not to be `proven` the header alone is: whose it is, and which part.
+    """
+    kind = kind_of(found) if proven else _kind(found)
+    fields = _fields(place, ordinal, payload, store_id, kind)
+    if found[: _FIELDS.size] != fields:
+        return "stale" if found[: len(_MAGIC)] == _MAGIC else "checksum"
+    right = not proven or found[_FIELDS.size : HEADER_BYTES] == checksum(kind, fields, payload)
+    return None if right else "checksum"
+
+
+def _fields(place: Place, ordinal: int, payload: memoryview, store_id: bytes, kind: int) -> bytes:
+    return _FIELDS.pack(_MAGIC, kind, ordinal, len(payload), place.generation, place.key, place.model, store_id)
+
+
+def _kind(found: bytes) -> int:
+    return int.from_bytes(found[_KIND], "little")
 
 
 if HEADER_BYTES > BLOCK_BYTES:

@@ -18,7 +18,6 @@ from typing import ParamSpec, TypeVar
 
 from mball.errors import SwapMiss, SwapRefused
 from mball.swap.book import Lease, Want
-from mball.swap.checksum import OURS
 from mball.swap.index import Kind
 from mball.swap.store import Settings, SwapStore, open_store
 
@@ -76,13 +75,11 @@ class SwapService:
         saved_s: float,
         rate: float,
         deadline_s: float,
-        kind: int = OURS,
     ) -> int:
         """Write the first `nbytes` of a memfd, once per key (the content's digest); the bytes written, 0 where it is
-        there. On the disk for good when this returns. `kind` of checksum: one that whoever reads it can check. Raises
-        SwapRefused."""
+        there. On the disk for good when this returns. Raises SwapRefused."""
         want = Want(Kind.IMAGE, key, model, nbytes, saved_s, rate)
-        return await self._transfer(self.store.put, fd, deadline_s, lambda fd: (want, fd, kind), writing=True)
+        return await self._transfer(self.store.put, fd, deadline_s, lambda fd: (want, fd), writing=True)
 
     async def read_image(
         self,

@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from mball.errors import SwapMiss
-from mball.swap.checksum import OURS
 from mball.swap.disk import Disk, aligned, is_aligned
 from mball.swap.layout import BLOCK_BYTES, Layout, whole_blocks
-from mball.swap.place import HEADER_BYTES, Place, Run, difference, header, kind_of
+from mball.swap.place import HEADER_BYTES, Place, Run, difference, header
 from mball.units import MiB
 
 CALL_BYTES = 16 * MiB
@@ -56,8 +55,8 @@ class Slots:
         """A leased entry's payload, all of it; the bytes written. Not synced. Raises OSError."""
         return sum(self.write_run(place, run, content) for run in self.runs(place))
 
-    def write_run(self, place: Place, run: Run, content: memoryview, kind: int = OURS) -> int:
-        """One system call of `runs`; `content` is the whole entry's, `kind` its checksum's. Raises OSError."""
+    def write_run(self, place: Place, run: Run, content: memoryview) -> int:
+        """One system call of `runs`; `content` is the whole entry's. Raises OSError."""
         slot_bytes = self.layout.slot_bytes
         content = content[run.ordinal * slot_bytes : min(place.nbytes, (run.ordinal + run.slots) * slot_bytes)]
         straight = not self.disk.direct or is_aligned(content)
@@ -66,23 +65,25 @@ class Slots:
         for number in range(run.slots):
             payload = content[number * slot_bytes : (number + 1) * slot_bytes]
             block = headers[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
-            block[:HEADER_BYTES] = header(place, run.ordinal + number, payload, self.store_id, kind)
+            block[:HEADER_BYTES] = header(place, run.ordinal + number, payload, self.store_id)
             if not straight or len(payload) % BLOCK_BYTES:
                 payload = self._padded(payload, number)
             parts += [block, payload]
         return self.disk.write(parts, self.layout.slot_at(run.slot))
 
-    def read(self, place: Place, into: memoryview, offset: int = 0) -> int:
-        """The entry's bytes from `offset` on, as many as `into` holds; the bytes read from the disk.
+    def read(self, place: Place, into: memoryview, offset: int = 0, *, proven: bool = True) -> int:
+        """The entry's bytes from `offset` on, as many as `into` holds; the bytes read from the disk. Where they are not
+        `proven` all that is known is whose they are, and the caller finds out whether they are right.
 
         Raises SwapMiss where they can't be had or can't be trusted; then what is in `into` is worth nothing. Fastest
         where `into` begins at a page, and `offset` and its length are whole slots.
         """
         if offset < 0 or offset + len(into) > place.nbytes:
             raise ValueError(f"bytes {offset} to {offset + len(into)} of an entry of {place.nbytes}")
-        return sum(self.read_run(place, run, into, offset) for run in self.runs(place, offset, len(into)))
+        runs = self.runs(place, offset, len(into))
+        return sum(self.read_run(place, run, into, offset, proven=proven) for run in runs)
 
-    def read_run(self, place: Place, run: Run, into: memoryview, offset: int = 0) -> int:
+    def read_run(self, place: Place, run: Run, into: memoryview, offset: int = 0, *, proven: bool = True) -> int:
         """One system call of `runs(place, offset, len(into))`. Raises SwapMiss, OSError where `into` has no memory."""
         slot_bytes = self.layout.slot_bytes
         headers = self._memory("headers read", run.slots * BLOCK_BYTES)
@@ -105,8 +106,8 @@ class Slots:
         self._fetch(parts, run)
         for number, payload in enumerate(payloads):
             found = bytes(headers[number * BLOCK_BYTES : number * BLOCK_BYTES + HEADER_BYTES])
-            wanted = header(place, run.ordinal + number, payload, self.store_id, kind_of(found))
-            if (wrong := difference(found, wanted)) is not None:
+            wrong = difference(found, place, run.ordinal + number, payload, self.store_id, proven=proven)
+            if wrong is not None:
                 raise SwapMiss(wrong, f"slot {run.slot + number} does not hold what was written there")
         for target, source in copies:
             target[:] = source

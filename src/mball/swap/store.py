@@ -24,7 +24,6 @@ from mball.errors import Cancelled, ConfigError, SwapMiss, SwapRefused
 from mball.swap import opening
 from mball.swap.book import Book, Lease, Want
 from mball.swap.budget import Budget
-from mball.swap.checksum import OURS
 from mball.swap.counters import Counters
 from mball.swap.disk import reopened
 from mball.swap.index import Kind
@@ -119,11 +118,8 @@ class SwapStore:
         with self._lock:
             self._book.value(key, Worth.of(saved_s, rate, self._clock()))
 
-    def put(
-        self, want: Want, content: int | memoryview, kind: int = OURS, *, cancel: threading.Event | None = None
-    ) -> int:
-        """Write an entry from a memfd or memory; the bytes written, 0 where it is there already. `kind`: a checksum
-        that whoever reads it has.
+    def put(self, want: Want, content: int | memoryview, *, cancel: threading.Event | None = None) -> int:
+        """Write an entry from a memfd or memory; the bytes written, 0 where it is there already.
 
         An image is on the disk for good when this returns, a block with a later snapshot.
         Raises SwapRefused, Cancelled.
@@ -135,7 +131,7 @@ class SwapStore:
             with _memory(content, want.nbytes) as memory:
                 written = self._threads.run(
                     (
-                        functools.partial(self.slots.write_run, lease.place, run, memory, kind)
+                        functools.partial(self.slots.write_run, lease.place, run, memory)
                         for run in self.slots.runs(lease.place)
                     ),
                     reading=False,

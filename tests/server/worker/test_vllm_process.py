@@ -207,7 +207,7 @@ async def from_the_store(
     assert keeper.service is not None
     try:
         await SwapBroker(keeper, 30.0).introduce(worker)
-        put = partial(keeper.service.put_image, saved_s=1.0, rate=1.0, deadline_s=120, kind=filled["checksum"])
+        put = partial(keeper.service.put_image, saved_s=1.0, rate=1.0, deadline_s=120)
         assert await put(key, MODEL, fd, nbytes) > nbytes
         assert await put(key, MODEL, fd, nbytes) == 0
         place = keeper.service.store.find(key, MODEL)

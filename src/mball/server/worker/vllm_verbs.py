@@ -17,7 +17,6 @@ from mball.memory.spec import WorkerSpec
 from mball.server.worker.manners import Fence, no_descriptor, place_of
 from mball.server.worker.vllm_door import Door
 from mball.server.worker.vllm_http import VllmClient
-from mball.swap.checksum import OURS
 from mball.swap.place import Place, digest
 from mball.units import format_bytes
 
@@ -216,7 +215,7 @@ class VllmVerbs:
             os.close(fd)
 
     async def _fill(self, fd: int) -> Message:
-        """`key` names what is in it, `checksum` is the kind that its slots are to be written with."""
+        """`key` names what is in it."""
         try:
             began = time.perf_counter()
             async with self._moving:
@@ -230,7 +229,7 @@ class VllmVerbs:
             self._image = True
             self._key = digest("mball engine image", *names).hex()
             filled = {"bytes": sum(self._awake.image_bytes), "fill_s": time.perf_counter() - began}
-            return {**filled, "key": self._key, "checksum": OURS}
+            return {**filled, "key": self._key}
         finally:
             self._filling = False
 
