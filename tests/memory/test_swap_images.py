@@ -199,8 +199,8 @@ async def test_an_image_of_an_engines_own_memory_is_written_once_and_goes_with_i
         own, worker=dataclasses.replace(own.worker, engine="vllm", kv_cache_bytes=60 * MiB, path=str(tmp_path))
     )
     running = await begin(own, policy=EASY)
-    await running.ask("a")
     assert running.manager._models["a"].image_key is None
+    await running.ask("a")
     await put_away(running, "a")
     assert running.manager._models["a"].figures.source_rate.value is None
     before = counters(running)
