@@ -190,6 +190,8 @@ _MATTERS = frozenset(
         "max_num_batched_tokens",
         "block_size",
         "kv_cache_bytes",
+        "engine",
+        "engine_args",
     }
 )
 
