@@ -168,7 +168,7 @@ def revision(spec: WorkerSpec) -> str:
         options["resident_experts"] = spec.resident_experts
     if spec.takes_what_it_may:
         options["device_memory_bytes"] = spec.device_memory_bytes
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
     for file in sorted(_files(Path(spec.path))):
         try:
             found = file.stat()
