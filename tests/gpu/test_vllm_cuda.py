@@ -113,6 +113,20 @@ def test_weights_that_were_forgotten_are_read_again(found: dict[tuple[str, str],
     assert found["reload", ""]["same"]
 
 
+def test_ranks_that_read_their_own_parts_say_what_those_that_read_all_say(model: Path, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("it takes two GPUs")
+    script = Path(__file__).with_name("vllm_ranks.py")
+    # Multicast wants what a guest may not have.
+    environment = {**os.environ, "PYTHONPATH": search_path(tmp_path / "path"), "NCCL_NVLS_ENABLE": "0"}
+    said = []
+    for load_format in ("auto", "mball"):
+        command = [str(vllm_python()), str(script), str(model), load_format]
+        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True, timeout=600)
+        said.append(json.loads(done.stdout.strip().splitlines()[-1])["tokens"])
+    assert said[0] == said[1]
+
+
 async def text_of(socket_path: str) -> tuple[str, list[float]]:
     body = {"model": "m", "prompt": [5, 6, 7, 8, 9], "max_tokens": 16, "temperature": 0, "logprobs": 1}
     async with (
