@@ -129,6 +129,22 @@ def test_a_revision_changes_with_the_files_and_with_what_is_served_of_them(tmp_p
     assert revision(spec(tmp_path / "none")) == revision(spec(tmp_path / "none"))
 
 
+def test_a_gpu_of_several_has_its_share(tmp_path: Path) -> None:
+    path = sparse_model(tmp_path / "m", layers=4, layer_bytes=10 * MiB, rest_bytes=20 * MiB)
+    whole = WorkerSpec("m", str(path), device="cuda:1", engine="vllm")
+    spread = dataclasses.replace(whole, device="cuda:1+cuda:2", engine_args={"tensor_parallel_size": 2})
+    one, each, said = estimate(whole), estimate(spread), estimate(dataclasses.replace(spread, kv_cache_bytes=9 * MiB))
+    assert one is not None
+    assert one.kv_bytes > 0
+    assert each == Estimate(30 * MiB, one.kv_bytes // 2)
+    # As vLLM takes it: of each GPU.
+    alone = estimate(dataclasses.replace(whole, kv_cache_bytes=9 * MiB))
+    assert alone is not None
+    assert said == Estimate(30 * MiB, alone.kv_bytes)
+    assert estimate(dataclasses.replace(spread, device="cpu")) == one
+    assert streamed(spread, 10 * MiB) is None
+
+
 def test_the_gateway_learns_it_without_torch(tmp_path: Path) -> None:
     path = folder(tmp_path / "m")
     code = (

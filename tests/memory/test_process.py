@@ -148,3 +148,6 @@ def test_the_environment_holds_only_what_is_needed(monkeypatch: pytest.MonkeyPat
     assert made["CUDA_VISIBLE_DEVICES"] == "GPU-1"
     assert (made["EXTRA"], made["OMP_NUM_THREADS"], made["MKL_NUM_THREADS"]) == ("1", "9", "3")
     assert environment(dataclasses.replace(spec, device="cpu"), {})["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
+    several = environment(dataclasses.replace(spec, device="cuda:GPU-1+cuda:GPU-2"), {})
+    assert (several["CUDA_VISIBLE_DEVICES"], several["NCCL_NVLS_ENABLE"]) == ("GPU-1,GPU-2", "0")

@@ -183,3 +183,20 @@ def test_adapters_have_the_names_that_vllm_gives_them(modules: Any, names: list[
 def test_what_names_no_adapter_is_refused(module: Any) -> None:
     with pytest.raises(ConfigError, match="NAME=PATH"):
         adapters({"lora_modules": [module]})
+
+
+@pytest.mark.parametrize("value", ["2", 0, -1, 1.5, None])
+def test_a_number_of_gpus_is_one(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"tensor-parallel-size is .*, not a number of GPUs"):
+        given(**{"tensor-parallel-size": value})
+
+
+def test_it_has_a_rank_for_each() -> None:
+    assert SPEC.ranks == 1
+    assert replace(SPEC, engine_args={"tensor-parallel-size": 2, "pipeline_parallel_size": 3}).ranks == 6
+
+
+def test_on_several_gpus_no_layer_is_elsewhere() -> None:
+    several = replace(SPEC, device="cuda:1+cuda:2", engine_args={"tensor_parallel_size": 2}, resident_layers=3)
+    with pytest.raises(ConfigError, match="on 2 GPUs all its layers stay there"):
+        arguments(several, 1)

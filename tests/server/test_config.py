@@ -63,6 +63,15 @@ def test_a_model_whose_device_is_another_is_refused(tmp_path: Path) -> None:
         build_manager(load_config(write(tmp_path, text)), tmp_path)
 
 
+def test_several_devices_can_be_one(tmp_path: Path) -> None:
+    group = f"simulated:{tmp_path}/one+simulated:{tmp_path}/two"
+    text = f"device: {group}\nmodels: [{{path: b, engine: vllm, engine_args: {{tensor_parallel_size: 2}}}}]"
+    config = load_config(write(tmp_path, text))
+    manager = build_manager(config, tmp_path)
+    assert [slot.name for slot in manager._devices] == [group]
+    assert all(SimulatedDevice.open(tmp_path / name).total_bytes == 2 * GiB for name in ("one", "two"))
+
+
 def test_a_gpu_keeps_something_for_others() -> None:
     class Gpu(CpuDevice):
         name = "cuda:GPU-1"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Protocol
 
+from mball.device.device import members
 from mball.device.simulated import SimulatedDevice
 from mball.errors import ConfigError
 
@@ -44,12 +47,32 @@ class SimulatedAccount:
         self._device.give(self._pid, nbytes)
 
 
+class GroupAccount:
+    """With every member of a group: the same bytes of each, or none."""
+
+    def __init__(self, accounts: Sequence[Account]) -> None:
+        self._accounts = accounts
+
+    def take(self, nbytes: int) -> None:
+        with ExitStack() as undo:
+            for account in self._accounts:
+                account.take(nbytes)
+                undo.callback(account.give, nbytes)
+            undo.pop_all()
+
+    def give(self, nbytes: int) -> None:
+        for account in self._accounts:
+            account.give(nbytes)
+
+
 def open_account(device: str) -> Account:
-    """The account of this process for `cpu`, `cuda:…` or `simulated:PATH`.
+    """The account of this process for `cpu`, `cuda:…` or `simulated:PATH`, or for a group of the latter.
 
     Raises ConfigError for another name; on a simulated device DeviceError, and DeviceOutOfMemory where there is no
     room for a context.
     """
+    if len(parts := members(device)) > 1:
+        return GroupAccount([open_account(part) for part in parts])
     kind, _, path = device.partition(":")
     if kind == "simulated" and path:
         return SimulatedAccount(SimulatedDevice.open(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -39,7 +40,8 @@ class Device(Protocol):
 
     @property
     def name(self) -> str:
-        """What a worker is told: `cpu`, `cuda:GPU-uuid`, `cuda:MIG-uuid` or `simulated:PATH`."""
+        """What a worker is told: `cpu`, `cuda:GPU-uuid`, `cuda:MIG-uuid` or `simulated:PATH`; of several that are one,
+        theirs with `+` between them."""
 
     @property
     def total_bytes(self) -> int:
@@ -64,7 +66,8 @@ class Device(Protocol):
 
 def open_devices(names: Sequence[str]) -> list[Device]:
     """`cpu`, `cuda` (every GPU that may be seen), `cuda:INDEX`, `cuda:GPU-uuid`, `cuda:MIG-uuid`, or `simulated:PATH`
-    where PATH is there. One that is named twice counts once.
+    where PATH is there. With `+` between them several are one device, for models that are spread over them all:
+    `cuda:0+cuda:1`. One that is named twice counts once.
 
     Raises ConfigError for any other name, DeviceError where there is no such device.
     """
@@ -77,7 +80,19 @@ def open_device(name: str) -> Device:
     return open_devices([name])[0]
 
 
+def members(name: str) -> list[str]:
+    """The devices that one of this name consists of: itself, where it is no group."""
+    return re.split(r"\+(?=cpu|cuda|simulated:)", name)
+
+
 def _open(name: str) -> Sequence[Device]:
+    if len(parts := members(name)) > 1:
+        from mball.device.group import DeviceGroup
+
+        found = {device.name: device for part in parts for device in _open(part)}
+        if len(found) != len(parts) or any(not each.startswith(("cuda:", "simulated:")) for each in found):
+            raise ConfigError(f"{name}: a group has two GPUs or more, each named once by its index or UUID")
+        return [DeviceGroup(list(found.values()))]
     kind, _, which = name.partition(":")
     if kind == "cpu" and not which:
         from mball.device.cpu import CpuDevice

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from mball.device.device import members
 from mball.errors import ConfigError
 from mball.memory.events import Events
 from mball.memory.model import Model
@@ -48,7 +49,8 @@ class Devices:
         """These are the devices from now on. Raises ConfigError for two of one name, or a model that has none."""
         self._slots = slots
         names = [slot.name for slot in slots]
-        if len(set(names)) != len(names) or not names:
+        parts = [part for name in names for part in members(name)]
+        if len(set(parts)) != len(parts) or not names:
             raise ConfigError(f"the devices are {', '.join(names) or 'none'}: name each once")
         for model in self._models.values():
             self.check(model)
@@ -56,9 +58,18 @@ class Devices:
 
     def check(self, model: Model) -> None:
         """Raises ConfigError where it has no device here."""
-        if not self.allowed(model):
-            wanted, names = ", ".join(model.spec.devices), ", ".join(slot.name for slot in self._slots)
-            raise ConfigError(f"{model.name}: its device is {wanted}, and those here are {names}")
+        if self.allowed(model):
+            return
+        names, ranks = ", ".join(slot.name for slot in self._slots), model.spec.worker.ranks
+        if not any(_spreads(model, slot) for slot in self._slots):
+            wanted = f"its engine takes {ranks} GPUs" if ranks > 1 else "its engine takes one GPU"
+            ways = (
+                "name so many as one (device: cuda:0+cuda:1)"
+                if ranks > 1
+                else "use engine: vllm with tensor_parallel_size"
+            )
+            raise ConfigError(f"{model.name}: {wanted}, and the devices here are {names}: {ways}")
+        raise ConfigError(f"{model.name}: its device is {', '.join(model.spec.devices)}, and those here are {names}")
 
     def seat(self, model: Model) -> None:
         self.allowed(model)[0].models[model.name] = model
@@ -72,7 +83,7 @@ class Devices:
 
     def allowed(self, model: Model) -> list[Slot]:
         devices = model.spec.devices
-        return [slot for slot in self._slots if not devices or slot.name in devices]
+        return [slot for slot in self._slots if (not devices or slot.name in devices) and _spreads(model, slot)]
 
     def most_bytes(self, model: Model) -> int:
         """The largest budget that it can have."""
@@ -191,6 +202,11 @@ class Devices:
     def _comes(self, model: Model) -> bool:
         wanted = len(model.queue) > 0 or model.wanted or model.arriving
         return wanted and (model.name in self._placed or model.state.process is not Process.GONE)
+
+
+def _spreads(model: Model, slot: Slot) -> bool:
+    """Whether its engine has a process for each GPU of a device, and none more. All of them may share a CPU."""
+    return slot.name == "cpu" or model.spec.worker.ranks == len(members(slot.name))
 
 
 def _unpinned_bytes(slot: Slot, model: Model) -> int:

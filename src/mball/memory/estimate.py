@@ -38,7 +38,8 @@ _STORED_AS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "fl
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Weights exactly, as the files' headers say, as far as they stay on the device; KV as the configuration does.
+    """Weights exactly, as the files' headers say, as far as they stay on the device; KV as the configuration does. Of a
+    model on several GPUs the equal share of one of them.
 
     `cold`: how vLLM is to have layers in host memory (None: it has none there).
     """
@@ -70,7 +71,14 @@ def estimate(spec: WorkerSpec) -> Estimate | None:
             weights_bytes = sizes.held_bytes(cells(spec, sizes, kv_bytes))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, CheckpointError):
         return None
-    return Estimate(weights_bytes, kv_bytes, cold)
+    # What the configuration says of KV is each GPU's, as with vLLM.
+    ranks, each = _gpus(spec), spec.kv_cache_bytes is not None
+    return Estimate(weights_bytes // ranks, kv_bytes if each else kv_bytes // ranks, cold)
+
+
+def _gpus(spec: WorkerSpec) -> int:
+    """All ranks of a CPU are in one memory."""
+    return 1 if spec.device == "cpu" else spec.ranks
 
 
 def streamed(spec: WorkerSpec, most_bytes: int) -> WorkerSpec | None:
@@ -91,7 +99,7 @@ def streamed(spec: WorkerSpec, most_bytes: int) -> WorkerSpec | None:
 
 def _colder(spec: WorkerSpec, most_bytes: int) -> WorkerSpec | None:
     """In numbers, as vLLM can't be told otherwise once it has started."""
-    if spec.device == "cpu" or offloads(spec.engine_args):
+    if spec.device == "cpu" or spec.ranks > 1 or offloads(spec.engine_args):
         return None
     found = estimate(replace(spec, resident_layers="auto", device_memory_bytes=most_bytes))
     if found is None or found.cold is None or found.weights_bytes + _beside(spec, found.kv_bytes) > most_bytes:

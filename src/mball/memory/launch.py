@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mball.device.device import members
 from mball.memory.child import Child
 from mball.memory.spec import WorkerSpec
 
@@ -55,12 +56,13 @@ def base_environment(threads: int) -> dict[str, str]:
 
 def environment(spec: WorkerSpec, extra: Mapping[str, str]) -> dict[str, str]:
     """A worker's whole environment."""
-    kind, _, gpu = spec.device.partition(":")
-    return {
-        **base_environment(spec.threads),
-        "CUDA_VISIBLE_DEVICES": gpu if kind == "cuda" else "",
-        **extra,
-    }
+    gpus = [which for kind, _, which in (name.partition(":") for name in members(spec.device)) if kind == "cuda"]
+    return {**base_environment(spec.threads), "CUDA_VISIBLE_DEVICES": ",".join(gpus), **_nccl(), **extra}
+
+
+def _nccl() -> dict[str, str]:
+    """How GPUs talk to each other is the host's to say."""
+    return {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
 
 
 async def fresh(birth: Birth) -> Child:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mball.device.device import Device
+from mball.device.device import Device, members
 from mball.device.lock import DeviceLock, lock_device
 from mball.errors import DeviceError
 from mball.memory.events import Events
@@ -67,7 +67,7 @@ class Slot:
         )
         self.scheduler = Scheduler(self, devices, images, settings, events)
         self.sampler = Sampler(self, nursery.workers, settings, events)
-        self._lock: DeviceLock | None = None
+        self._locks: list[DeviceLock] = []
         self._runtime_dir = runtime_dir
 
     @property
@@ -76,14 +76,13 @@ class Slot:
 
     def claim(self) -> None:
         """Takes the device for this daemon. Blocks for a moment. Raises DeviceInUse, DeviceError."""
-        if self._lock is None:
-            self._lock = lock_device(self.name, self._runtime_dir)
+        for name in members(self.name)[len(self._locks) :]:
+            self._locks.append(lock_device(name, self._runtime_dir))
 
     def release(self) -> None:
         """Idempotent."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        while self._locks:
+            self._locks.pop().release()
 
     def snapshot(self) -> dict[str, object]:
         """JSON for `/mball/v1/state`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,12 +12,16 @@ from typing import Any, Literal
 Task = Literal["generate", "embed"]
 Engine = Literal["transformers", "vllm"]
 
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size")
+"""vLLM's options by which a model is spread over several GPUs."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
     """One model as its worker serves it.
 
-    `device` is `cpu`, `cuda:GPU-uuid`, or `simulated:PATH` (a simulated device whose state is at PATH); the manager
+    `device` is `cpu`, `cuda:GPU-uuid`, `simulated:PATH` (a simulated device whose state is at PATH), or several with
+    `+` between them, of which each of its `ranks` has one; the manager
     sets it and `socket_path` when it starts the worker. `kv_cache_bytes` is the size of the KV pool; None lets the
     worker choose it from `max_num_seqs` and `max_model_len`. `resident_layers` stay on the device while the others are
     streamed through it: as many as fit (`auto`), a number, or None for all (a manager that sees that they can never fit
@@ -57,6 +62,12 @@ class WorkerSpec:
     def starts_awake(self) -> bool:
         """Its worker is on the device once it has started, and takes there what it needs as it starts."""
         return self.engine == "vllm"
+
+    @property
+    def ranks(self) -> int:
+        """Processes of its engine that compute, each on a GPU of its own where there are any."""
+        given = {name.replace("-", "_"): value for name, value in self.engine_args.items()}
+        return math.prod(int(given.get(name) or 1) for name in PARALLEL)
 
     @property
     def streamed(self) -> bool:

@@ -20,7 +20,7 @@ from mball.loader.vllm_names import (
     SLEEP_ENVIRONMENT,
     TENANT_MIDDLEWARE,
 )
-from mball.memory.spec import WorkerSpec
+from mball.memory.spec import PARALLEL, WorkerSpec
 from mball.memory.vllm_cold import Cold
 
 OURS = frozenset(
@@ -47,9 +47,11 @@ OURS = frozenset(
 
 def check_engine_args(engine_args: Mapping[str, Any]) -> None:
     """Raises ConfigError for an option that is not the operator's to give."""
-    for name in engine_args:
+    for name, value in engine_args.items():
         if (plain := name.replace("-", "_")) in OURS:
             raise ConfigError(f"engine_args: {name} is set by MBALL{_INSTEAD.get(plain, '')}")
+        if plain in PARALLEL and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"engine_args: {name} is {value!r}, not a number of GPUs")
 
 
 def adapters(engine_args: Mapping[str, Any]) -> list[str]:
@@ -101,6 +103,10 @@ def check_cold(spec: WorkerSpec) -> None:
     if not spec.device.startswith("cuda"):
         raise ConfigError(
             f"{spec.model}: resident_layers: vLLM has layers in host memory for a GPU alone: leave it out"
+        )
+    if spec.ranks > 1:
+        raise ConfigError(
+            f"{spec.model}: resident_layers: on {spec.ranks} GPUs all its layers stay there: leave it out"
         )
     if given := offloads(spec.engine_args):
         raise ConfigError(f"resident_layers and engine_args: {', '.join(given)} exclude each other: leave one out")

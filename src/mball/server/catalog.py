@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mball.device.device import Device, open_devices
+from mball.device.device import Device, members, open_devices
 from mball.device.host import memory_bytes
 from mball.device.simulated import SimulatedDevice
 from mball.memory.manager import Manager
@@ -32,7 +32,7 @@ def build_manager(config: Config, runtime_dir: Path, *, gauge: Gauge | None = No
 
     A model whose folder is defective is served all the same: asking for it gives the reason.
     """
-    for name in config.device:
+    for name in (part for device in config.device for part in members(device)):
         kind, _, state = name.partition(":")
         if kind == "simulated" and not Path(state).exists():
             SimulatedDevice.create(state, config.device_memory_bytes or _CPU_BYTES)

@@ -241,15 +241,16 @@ class Config(BaseSettings):
         default=("cpu",),
         description=(
             "One or several: cpu, cuda (every GPU, or those of CUDA_VISIBLE_DEVICES), cuda:INDEX, cuda:GPU-uuid, "
-            "cuda:MIG-uuid, or simulated:PATH (a pretended GPU whose state is the file at PATH)."
+            "cuda:MIG-uuid, or simulated:PATH (a pretended GPU whose state is the file at PATH). cuda:0+cuda:1 is one "
+            "device of two GPUs, for models of that tensor_parallel_size."
         ),
     )
     device_memory_bytes: ConfigSize | None = Field(
         default=None,
         description=(
-            "What models may hold of each device together, weights, KV and working memory; by default 2 GiB of a CPU "
-            "(half of its memory where that is less), and of a GPU all but a thirty-second (512 MiB at least), which "
-            "is left to the driver and to others."
+            "What models may hold of each device together, and of each GPU of one that has several: weights, KV and "
+            "working memory; by default 2 GiB of a CPU (half of its memory where that is less), and of a GPU all but a "
+            "thirty-second (512 MiB at least), which is left to the driver and to others."
         ),
     )
     dram_bytes: ConfigSize = Field(default=4 * GiB, description="DRAM for images of models that are not on the device.")

@@ -31,12 +31,24 @@ _FREED_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """An engine's processes together; `image_bytes` by process, `free_bytes` of their devices where they have any."""
+    """What each of an engine's processes has on its device; `free_bytes` of those, where each has one of its own."""
 
-    weights_bytes: int
-    kv_bytes: int
+    weights: tuple[int, ...]
+    kv: tuple[int, ...]
     image_bytes: tuple[int, ...]
-    free_bytes: int | None
+    free_bytes: tuple[int, ...] | None
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the device that has most."""
+        return self._on_one(self.weights)
+
+    @property
+    def kv_bytes(self) -> int:
+        return self._on_one(self.kv)
+
+    def _on_one(self, parts: tuple[int, ...]) -> int:
+        return sum(parts) if self.free_bytes is None else max(parts)
 
 
 async def describe(client: VllmClient) -> Described:
@@ -46,10 +58,10 @@ async def describe(client: VllmClient) -> Described:
         raise TransitionError("vLLM has no process that computes")
     free = [part["free_bytes"] for part in parts]
     return Described(
-        weights_bytes=sum(part["weights_bytes"] for part in parts),
-        kv_bytes=sum(part["kv_bytes"] for part in parts),
+        weights=tuple(part["weights_bytes"] for part in parts),
+        kv=tuple(part["kv_bytes"] for part in parts),
         image_bytes=tuple(part["image_bytes"] for part in parts),
-        free_bytes=None if None in free else sum(free),
+        free_bytes=None if None in free else tuple(free),
     )
 
 
@@ -172,22 +184,29 @@ class VllmVerbs:
             await self._client.post(f"/sleep?level={level}&mode=wait", deadline_s=MOVE_S)
             self._asleep = level
             # The answer alone proves nothing: a worker without a sleep mode gives the same one.
-            released = before - await self._held()
-            # Of the host's memory an engine holds what it has written of its KV cache, of a GPU's all.
-            gives = self._awake.weights_bytes + (self._awake.kv_bytes if self._awake.free_bytes is not None else 0)
-            wanted = int(_FREED_SHARE * gives)
-            if released < wanted:
-                raise TransitionError(
-                    f"{self._spec.model}: vLLM says that it sleeps and gave back {format_bytes(max(0, released))}, not "
-                    f"{format_bytes(wanted)}"
-                )
+            after = await self._held()
+            for held, still, gives in zip(before, after, self._gives(), strict=True):
+                if held - still < int(_FREED_SHARE * gives):
+                    raise TransitionError(
+                        f"{self._spec.model}: vLLM says that it sleeps and gave back "
+                        f"{format_bytes(max(0, held - still))}, not {format_bytes(int(_FREED_SHARE * gives))}"
+                    )
+            released = min(held - still for held, still in zip(before, after, strict=True))
             return {"released_bytes": released, "total_s": time.perf_counter() - began}
 
-    async def _held(self) -> int:
-        """Grows and falls with what the engine holds of its device."""
+    def _gives(self) -> list[int]:
+        """What a sleep has to give back of each device. Of the host's memory an engine holds what it has written of its
+        KV cache, of a GPU's all."""
+        awake = self._awake
+        if awake.free_bytes is None:
+            return [awake.weights_bytes]
+        return [weights + kv for weights, kv in zip(awake.weights, awake.kv, strict=True)]
+
+    async def _held(self) -> list[int]:
+        """Grow and fall with what the engine holds of each device."""
         if self._awake.free_bytes is None:
-            return await private_bytes(self._client)
-        return -((await describe(self._client)).free_bytes or 0)
+            return [await private_bytes(self._client)]
+        return [-free for free in (await describe(self._client)).free_bytes or ()]
 
     async def _balloon(self, message: Message, fd: int | None) -> Message:
         no_descriptor(fd)
