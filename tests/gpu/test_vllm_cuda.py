@@ -25,6 +25,7 @@ import torch
 
 from mball.bench import raw_disk
 from mball.device import memfd
+from mball.device.group import DeviceGroup
 from mball.device.nvml import NvmlDevice
 from mball.memory.estimate import estimate
 from mball.memory.nursery import Nursery
@@ -200,6 +201,55 @@ async def test_its_server_as_a_worker(model: Path, tmp_path: Path) -> None:
     finally:
         await worker.stop(Settings(verb_s=20))
     assert free_bytes - device.free_bytes() < 256 * MiB
+
+
+async def test_a_model_on_two_gpus_sleeps_and_wakes_on_both(model: Path, tmp_path: Path) -> None:
+    gpus = NvmlDevice.visible()[:2]
+    if len(gpus) < 2:
+        pytest.skip("it takes two GPUs")
+    group = DeviceGroup(gpus)
+    spec = WorkerSpec(
+        "m",
+        str(model),
+        socket_path=str(tmp_path / "w.sock"),
+        device=group.name,
+        max_model_len=1024,
+        max_num_seqs=4,
+        kv_cache_bytes=1 * GiB,
+        engine="vllm",
+        engine_args={"enforce_eager": True, "tensor_parallel_size": 2},
+    )
+    found = estimate(spec)
+    assert found is not None
+    worker, hello = await WorkerProcess.start(
+        [str(vllm_python()), "-m", "mball.server.worker.vllm_process"],
+        spec,
+        extra_environment={"PYTHONPATH": search_path(tmp_path / "path"), "NCCL_NVLS_ENABLE": "0"},
+        log=tmp_path / "vllm.log",
+        settings=Settings(start_s=500),
+    )
+    try:
+        assert hello.weights_bytes == pytest.approx(found.weights_bytes, rel=0.1, abs=64 * MiB)
+        before = await text_of(spec.socket_path)
+        fd = memfd.create("m", hello.image_bytes)
+        try:
+            await worker.call("image", deadline_s=120, fd=fd, state="empty")
+            memfd.seal(fd)
+            took: dict[str, list[float]] = {"sleep_s": [], "wake_s": []}
+            for epoch in range(1, 4):
+                awake = [gpu.free_bytes() for gpu in gpus]
+                slept = await worker.call("demote", deadline_s=60, epoch=epoch)
+                gives = 0.95 * (hello.weights_bytes + hello.kv_bytes)
+                assert all(gpu.free_bytes() - was > gives for gpu, was in zip(gpus, awake, strict=True))
+                woke = await worker.call("promote", deadline_s=60, epoch=epoch)
+                took["sleep_s"].append(round(slept["total_s"], 4))
+                took["wake_s"].append(round(woke["total_s"], 4))
+                assert await text_of(spec.socket_path) == before
+            print(json.dumps({"weights_bytes": hello.weights_bytes, **took}))  # noqa: T201
+        finally:
+            os.close(fd)
+    finally:
+        await worker.stop(Settings(verb_s=20))
 
 
 async def test_a_forked_worker_says_what_a_fresh_one_does(model: Path, tmp_path: Path) -> None:
