@@ -139,3 +139,13 @@ async def test_a_peer_that_says_too_little_or_does_not_start(pretend: Pretend, t
 def test_the_95th_of_a_hundred() -> None:
     outcome = Outcome(MBALL, rounds=[{"switch_s": float(number)} for number in range(100)])
     assert p95(outcome) == 95
+
+
+def test_on_several_gpus_a_model_is_spread_over_them(tmp_path: Path) -> None:
+    random_models.make("llama", tmp_path / "m", size_bytes=8 * MiB)
+    names = [SimulatedDevice.create(tmp_path / name, GiB).name for name in ("one", "two")]
+    alone = Options(tmp_path / "m", Path(sys.executable), names[0])
+    spread = dataclasses.replace(alone, device="+".join(names))
+    assert (alone.spec("a").ranks, spread.spec("a").ranks) == (1, 2)
+    assert spread.spec("a").device == "+".join(names)
+    assert alone.room() - spread.room() == pytest.approx(1.5 * 4 * MiB, rel=0.05)

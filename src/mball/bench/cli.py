@@ -173,7 +173,7 @@ def switch(
     vllm: Annotated[
         Path | None, typer.Option(help="A Python that has vLLM: the engine, and the peer; the embedded one otherwise.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or simulated:PATH.")] = "cuda",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, simulated:PATH, or cuda:0+cuda:1.")] = "cuda",
     kv: Annotated[str, typer.Option(help="Each model's KV cache.")] = "2GiB",
     dram: Annotated[str, typer.Option(help="For images.")] = "40GiB",
     room: Annotated[

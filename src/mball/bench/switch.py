@@ -21,7 +21,7 @@ from mball.bench.report import Column, Kept, Report, Spread
 from mball.bench.runner import Outcome
 from mball.bench.switch_mball import both_at_once, in_turn
 from mball.bench.switch_stock import by_hand
-from mball.device.device import open_device
+from mball.device.device import members, open_device
 from mball.errors import MballError
 from mball.loader import Checkpoint
 from mball.memory.spec import WorkerSpec
@@ -38,7 +38,8 @@ _CONTEXTS_BYTES = 3 * GiB
 @dataclass(frozen=True, slots=True)
 class Options:
     """`vllm` is an interpreter that has it; without one the embedded engine serves, and has no peer. `room_bytes` of
-    the device are MBALL's: for one model awake and the other asleep."""
+    the device are MBALL's: for one model awake and the other asleep. On a device of several GPUs a model is spread over
+    them, and bytes are each one's."""
 
     model: Path
     vllm: Path | None = None
@@ -64,12 +65,22 @@ class Options:
             max_num_seqs=max(8, *self.batches),
             kv_cache_bytes=self.kv_bytes,
             engine="transformers" if self.vllm is None else "vllm",
-            engine_args={"enforce_eager": True} if self.eager and self.vllm is not None else {},
+            engine_args=self._engine_args(),
         )
+
+    def _engine_args(self) -> dict[str, Any]:
+        if self.vllm is None:
+            return {}
+        eager = {"enforce_eager": True} if self.eager else {}
+        return {**eager, "tensor_parallel_size": self._gpus} if self._gpus > 1 else eager
+
+    @property
+    def _gpus(self) -> int:
+        return len(members(self.device))
 
     def room(self) -> int:
         """Raises CheckpointError where the model's files don't tell."""
-        weights = Checkpoint.open(self.model).image_bytes
+        weights = Checkpoint.open(self.model).image_bytes // self._gpus
         return self.room_bytes or round(_ROOM * (weights + self.kv_bytes)) + _CONTEXTS_BYTES
 
 

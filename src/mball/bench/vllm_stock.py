@@ -49,6 +49,7 @@ async def stock(
     arguments += ["--uds", str(socket_path), "--served-model-name", spec.model]
     arguments += ["--max-model-len", str(spec.max_model_len), "--max-num-seqs", str(spec.max_num_seqs)]
     arguments += ["--kv-cache-memory-bytes", str(spec.kv_cache_bytes)]
+    arguments += ["--tensor-parallel-size", str(spec.ranks)]
     arguments += ["--enforce-eager"] if spec.engine_args.get("enforce_eager") else []
     said = {"VLLM_NO_USAGE_STATS": "1", "TRANSFORMERS_OFFLINE": "1"}
     began = time.monotonic()
