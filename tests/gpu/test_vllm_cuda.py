@@ -8,12 +8,13 @@ model's folder (by default one of random weights, 1 GiB), MBALL_VLLM_RESULTS the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 
 from mball.bench import raw_disk
 from mball.device import memfd
+from mball.device.device import Device
 from mball.device.group import DeviceGroup
 from mball.device.nvml import NvmlDevice
 from mball.memory.estimate import estimate
@@ -35,6 +37,7 @@ from mball.memory.spec import WorkerSpec
 from mball.server.engine_path import search_path
 from mball.server.models import random
 from mball.units import GiB, MiB
+from tests.e2e.test_vllm_lora import RANK, adapter
 from tests.server.worker.test_vllm_process import from_the_store
 from tests.vllm_bed import bed, damage_all
 from tests.vllm_python import vllm_python
@@ -128,8 +131,8 @@ def test_ranks_that_read_their_own_parts_say_what_those_that_read_all_say(model:
     assert said[0] == said[1]
 
 
-async def text_of(socket_path: str) -> tuple[str, list[float]]:
-    body = {"model": "m", "prompt": [5, 6, 7, 8, 9], "max_tokens": 16, "temperature": 0, "logprobs": 1}
+async def text_of(socket_path: str, name: str = "m") -> tuple[str, list[float]]:
+    body = {"model": name, "prompt": [5, 6, 7, 8, 9], "max_tokens": 16, "temperature": 0, "logprobs": 1}
     async with (
         aiohttp.ClientSession(connector=aiohttp.UnixConnector(socket_path)) as session,
         session.post("http://worker/v1/completions", json=body) as answer,
@@ -139,28 +142,41 @@ async def text_of(socket_path: str) -> tuple[str, list[float]]:
     return choice["text"], choice["logprobs"]["token_logprobs"]
 
 
-async def test_its_server_as_a_worker(model: Path, tmp_path: Path) -> None:
-    [device, *_] = NvmlDevice.visible()
-    spec = WorkerSpec(
+def eager(model: Path, folder: Path, device: Device, **engine_args: Any) -> WorkerSpec:
+    return WorkerSpec(
         "m",
         str(model),
-        socket_path=str(tmp_path / "w.sock"),
+        socket_path=str(folder / "w.sock"),
         device=device.name,
         max_model_len=1024,
         max_num_seqs=4,
         kv_cache_bytes=1 * GiB,
         engine="vllm",
-        engine_args={"enforce_eager": True},
+        engine_args={"enforce_eager": True, **engine_args},
     )
-    free_bytes = device.free_bytes()
+
+
+@contextlib.asynccontextmanager
+async def working(spec: WorkerSpec, folder: Path, **more: str) -> AsyncIterator[tuple[WorkerProcess, Hello]]:
+    """`more` of its environment."""
     worker, hello = await WorkerProcess.start(
         [str(vllm_python()), "-m", "mball.server.worker.vllm_process"],
         spec,
-        extra_environment={"PYTHONPATH": search_path(tmp_path / "path")},
-        log=tmp_path / "vllm.log",
+        extra_environment={"PYTHONPATH": search_path(folder / "path"), **more},
+        log=folder / "vllm.log",
         settings=Settings(start_s=500),
     )
     try:
+        yield worker, hello
+    finally:
+        await worker.stop(Settings(verb_s=20))
+
+
+async def test_its_server_as_a_worker(model: Path, tmp_path: Path) -> None:
+    [device, *_] = NvmlDevice.visible()
+    spec = eager(model, tmp_path, device)
+    free_bytes = device.free_bytes()
+    async with working(spec, tmp_path) as (worker, hello):
         before = await text_of(spec.socket_path)
         fd = memfd.create("m", hello.image_bytes)
         try:
@@ -198,8 +214,6 @@ async def test_its_server_as_a_worker(model: Path, tmp_path: Path) -> None:
         depth, rate = raw_disk.best(passes)
         told = {"bytes": filled["bytes"], "fill_s": filled["fill_s"], "from_store_s": from_store_s}
         print(json.dumps({**told, **took, "disk": {"depth": depth, "bytes_s": rate}}))  # noqa: T201
-    finally:
-        await worker.stop(Settings(verb_s=20))
     assert free_bytes - device.free_bytes() < 256 * MiB
 
 
@@ -208,27 +222,10 @@ async def test_a_model_on_two_gpus_sleeps_and_wakes_on_both(model: Path, tmp_pat
     if len(gpus) < 2:
         pytest.skip("it takes two GPUs")
     group = DeviceGroup(gpus)
-    spec = WorkerSpec(
-        "m",
-        str(model),
-        socket_path=str(tmp_path / "w.sock"),
-        device=group.name,
-        max_model_len=1024,
-        max_num_seqs=4,
-        kv_cache_bytes=1 * GiB,
-        engine="vllm",
-        engine_args={"enforce_eager": True, "tensor_parallel_size": 2},
-    )
+    spec = eager(model, tmp_path, group, tensor_parallel_size=2)
     found = estimate(spec)
     assert found is not None
-    worker, hello = await WorkerProcess.start(
-        [str(vllm_python()), "-m", "mball.server.worker.vllm_process"],
-        spec,
-        extra_environment={"PYTHONPATH": search_path(tmp_path / "path"), "NCCL_NVLS_ENABLE": "0"},
-        log=tmp_path / "vllm.log",
-        settings=Settings(start_s=500),
-    )
-    try:
+    async with working(spec, tmp_path, NCCL_NVLS_ENABLE="0") as (worker, hello):
         assert hello.weights_bytes == pytest.approx(found.weights_bytes, rel=0.1, abs=64 * MiB)
         before = await text_of(spec.socket_path)
         fd = memfd.create("m", hello.image_bytes)
@@ -248,8 +245,27 @@ async def test_a_model_on_two_gpus_sleeps_and_wakes_on_both(model: Path, tmp_pat
             print(json.dumps({"weights_bytes": hello.weights_bytes, **took}))  # noqa: T201
         finally:
             os.close(fd)
-    finally:
-        await worker.stop(Settings(verb_s=20))
+
+
+async def test_adapters_sleep_and_wake_with_their_base(model: Path, tmp_path: Path) -> None:
+    [device, *_] = NvmlDevice.visible()
+    modules = [f"{name}={adapter(tmp_path / name, model, seed)}" for seed, name in enumerate(("formal", "brief"))]
+    lora = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 2, "lora_modules": modules}
+    spec = eager(model, tmp_path, device, **lora)
+    async with working(spec, tmp_path) as (worker, hello):
+        before = [await text_of(spec.socket_path, name) for name in ("m", "formal", "brief")]
+        assert len({tuple(logprobs) for _, logprobs in before}) == 3
+        fd = memfd.create("m", hello.image_bytes)
+        try:
+            for epoch in (1, 2):
+                await worker.call("demote", deadline_s=120, epoch=epoch)
+                await worker.call("promote", deadline_s=120, epoch=epoch)
+                assert [await text_of(spec.socket_path, name) for name in ("m", "formal", "brief")] == before
+                if epoch == 1:
+                    await worker.call("image", deadline_s=120, fd=fd, state="empty")
+                    memfd.seal(fd)
+        finally:
+            os.close(fd)
 
 
 async def test_a_forked_worker_says_what_a_fresh_one_does(model: Path, tmp_path: Path) -> None:
