@@ -31,6 +31,7 @@ from mball.memory.swap_broker import SwapBroker
 from mball.memory.swap_images import MODEL
 from mball.memory.swap_keeper import SwapKeeper
 from mball.server.engine_path import search_path
+from mball.server.models import random
 from mball.swap.place import Place
 from mball.units import MiB
 from tests.demo_models import demo_model
@@ -41,6 +42,8 @@ from tests.vllm_python import vllm_python
 WEIGHTS_BYTES = 256 * MiB
 KV_BYTES = 96 * MiB
 PROMPT = "The capital of France is"
+RAW = [5, 6, 7, 8, 9]
+"""For a model without a tokenizer."""
 SETTINGS = Settings(start_s=400, verb_s=20)
 
 
@@ -58,9 +61,10 @@ def spec_in(folder: Path, **options: Any) -> WorkerSpec:
 
 
 async def started(
-    folder: Path, spec: WorkerSpec, python: Path | None = None, launch: Launch = launch.fresh
+    folder: Path, spec: WorkerSpec, python: Path | None = None, launch: Launch = launch.fresh, **more: str
 ) -> tuple[WorkerProcess, Hello]:
-    path = {"PYTHONPATH": search_path(folder / "path")}
+    """`more` of its environment."""
+    path = {"PYTHONPATH": search_path(folder / "path"), **more}
     return await WorkerProcess.start(
         [str(python or vllm_python()), "-m", "mball.server.worker.vllm_process"],
         spec,
@@ -83,10 +87,10 @@ def fresh() -> dict[str, Any]:
     return {}
 
 
-async def text_of(socket_path: str) -> tuple[str, list[float]]:
+async def text_of(socket_path: str, prompt: str | list[int] = PROMPT) -> tuple[str, list[float]]:
     """A greedy answer, and the log probability of each of its tokens."""
     connector = aiohttp.UnixConnector(socket_path)
-    body = {"model": "smol", "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "logprobs": 1}
+    body = {"model": "smol", "prompt": prompt, "max_tokens": 24, "temperature": 0, "logprobs": 1}
     async with (
         aiohttp.ClientSession(connector=connector) as session,
         session.post("http://worker/v1/completions", json=body) as answer,
@@ -185,6 +189,37 @@ async def test_a_forked_worker_says_what_a_fresh_one_does_and_a_dead_zygote_is_r
                 await asyncio.sleep(0.1)
     finally:
         await nursery.close()
+
+
+async def test_two_ranks_are_one_worker(folder: Path, tmp_path: Path) -> None:
+    """Their parts are one image, and come back each to its own: from DRAM, from the store, from the files."""
+    random.make("llama", tmp_path / "m", size_bytes=64 * MiB, seed=3)
+    ranks = replace(
+        spec_in(tmp_path),
+        model="smol",
+        path=str(tmp_path / "m"),
+        engine_args={"enforce_eager": True, "tensor_parallel_size": 2},
+    )
+    # By itself vLLM wants a NUMA node for each.
+    worker, hello = await started(folder, ranks, VLLM_CPU_OMP_THREADS_BIND="nobind")
+    try:
+        before = await text_of(ranks.socket_path, RAW)
+        fd = memfd.create("m", hello.image_bytes)
+        try:
+            filled = await worker.call("image", deadline_s=60, fd=fd, state="empty")
+            memfd.seal(fd)
+            for epoch in (1, 2):
+                await worker.call("demote", deadline_s=60, epoch=epoch)
+                assert (await worker.call("promote", deadline_s=60, epoch=epoch))["weights_from"] == "dram"
+                assert await text_of(ranks.socket_path, RAW) == before
+            await worker.call("drop_image", deadline_s=60)
+            await from_the_store(worker, filled, fd, tmp_path, partial(text_of, ranks.socket_path, RAW))
+        finally:
+            os.close(fd)
+        family = proc.family(worker.pid)
+    finally:
+        await worker.stop(SETTINGS)
+    assert [pid for pid in family if proc.start_ticks(pid) is not None] == []
 
 
 async def from_the_store(
