@@ -170,7 +170,7 @@ def test_a_full_image_is_an_error(checkpoint: Checkpoint) -> None:
 RUNS = Runs(96, 256)
 
 
-@pytest.mark.parametrize("most_bytes", [10**9, 1, 96, 4096 + 13], ids="at most {} a call".format)
+@pytest.mark.parametrize("most_bytes", [10**9, 37, 96, 4096 + 13], ids="at most {} a call".format)
 @pytest.mark.parametrize("gap_bytes", [160, 159], ids=["gaps read over", "gaps left out"])
 def test_runs_arrive_however_little_a_call_reads(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, most_bytes: int, gap_bytes: int
