@@ -142,6 +142,12 @@ def test_a_gpu_of_several_has_its_share(tmp_path: Path) -> None:
     assert alone is not None
     assert said == Estimate(30 * MiB, alone.kv_bytes)
     assert estimate(dataclasses.replace(spread, device="cpu")) == one
+    for options, kv_bytes in (
+        ({"tensor_parallel_size": 4}, one.kv_bytes // 2),  # two heads: each is on two GPUs
+        ({"pipeline_parallel_size": 4}, one.kv_bytes // 4),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, one.kv_bytes // 4),
+    ):
+        assert estimate(dataclasses.replace(spread, engine_args=options)) == Estimate(15 * MiB, kv_bytes)
     assert streamed(spread, 10 * MiB) is None
 
 

@@ -71,14 +71,12 @@ def estimate(spec: WorkerSpec) -> Estimate | None:
             weights_bytes = sizes.held_bytes(cells(spec, sizes, kv_bytes))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, CheckpointError):
         return None
-    # What the configuration says of KV is each GPU's, as with vLLM.
-    ranks, each = _gpus(spec), spec.kv_cache_bytes is not None
-    return Estimate(weights_bytes // ranks, kv_bytes if each else kv_bytes // ranks, cold)
+    return Estimate(weights_bytes // math.prod(_parallel(spec)), kv_bytes, cold)
 
 
-def _gpus(spec: WorkerSpec) -> int:
+def _parallel(spec: WorkerSpec) -> tuple[int, int]:
     """All ranks of a CPU are in one memory."""
-    return 1 if spec.device == "cpu" else spec.ranks
+    return (1, 1) if spec.device == "cpu" else spec.parallel
 
 
 def streamed(spec: WorkerSpec, most_bytes: int) -> WorkerSpec | None:
@@ -223,6 +221,9 @@ def _kv_bytes(spec: WorkerSpec, text: Any, item_bytes: int) -> int:
     heads = int(text["num_attention_heads"])
     kv_heads = int(text.get("num_key_value_heads") or heads)
     head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
-    block_bytes = spec.block_size * 2 * int(text["num_hidden_layers"]) * kv_heads * head_dim * item_bytes
+    # Of one GPU: a head is divided no further, so those that have one together have a copy each.
+    tensor, pipeline = _parallel(spec)
+    kv_heads, layers = -(-kv_heads // tensor), -(-int(text["num_hidden_layers"]) // pipeline)
+    block_bytes = spec.block_size * 2 * layers * kv_heads * head_dim * item_bytes
     longest = text.get("max_position_embeddings")
     return kv_blocks(spec, None if longest is None else int(longest), block_bytes) * block_bytes

@@ -66,8 +66,14 @@ class WorkerSpec:
     @property
     def ranks(self) -> int:
         """Processes of its engine that compute, each on a GPU of its own where there are any."""
+        return math.prod(self.parallel)
+
+    @property
+    def parallel(self) -> tuple[int, int]:
+        """How many have a part of every layer each, and into how many stages the layers are divided."""
         given = {name.replace("-", "_"): value for name, value in self.engine_args.items()}
-        return math.prod(int(given.get(name) or 1) for name in PARALLEL)
+        tensor, pipeline = (int(given.get(name) or 1) for name in PARALLEL)
+        return tensor, pipeline
 
     @property
     def streamed(self) -> bool:

@@ -67,7 +67,7 @@ class ModelConfig(BaseModel):
     max_num_seqs: int = Field(default=8, ge=1, le=1024, description="Sequences in one batch.")
     max_num_batched_tokens: int = Field(default=512, ge=1, description="Tokens in one step of the engine.")
     kv_cache_memory_bytes: ConfigSize | None = Field(
-        default=None, description="Size of the KV pool; by default chosen."
+        default=None, description="Size of the KV pool, of each GPU where it is on several; by default chosen."
     )
     enable_prefix_caching: bool = Field(
         default=True,
