@@ -97,9 +97,9 @@ async def test_inside_its_stay_a_model_is_left_alone(serve: Serve) -> None:
 
 
 async def test_an_idle_model_leaves_at_once_while_switching_is_rare(serve: Serve) -> None:
-    settings = dataclasses.replace(QUICK, max_wait_s=3.0, min_stay_s=1000.0, max_stay_s=1000.0, swap_saved_s=1.5)
+    settings = dataclasses.replace(QUICK, max_wait_s=3.0, min_stay_s=1000.0, max_stay_s=1000.0, swap_saved_s=2.2)
     settings = dataclasses.replace(settings, swap_time_share=0.001)
-    running = await serve(*(model(name, Knobs(promote_s=0.3)) for name in "ab"), settings=settings)
+    running = await serve(*(model(name, Knobs(promote_s=0.6)) for name in "ab"), settings=settings)
     took = []
     for name in "abababab":
         began = time.monotonic()
