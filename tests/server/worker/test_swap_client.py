@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +31,8 @@ from mball.units import KiB, MiB
 from tests.swap.stores import MODEL, SLOT, block, content, settings
 
 T = TypeVar("T")
+
+DEADLINE_S = 30.0
 
 
 @dataclass
@@ -178,6 +182,42 @@ async def test_a_manager_that_is_gone_is_a_miss_and_a_refusal(worker: Worker) ->
         await worker.do(lambda: worker.client.commit([Place(want.key, MODEL, 1, 1, ())]))
     await worker.do(lambda: worker.client.abandon([Place(want.key, MODEL, 1, 1, ())]))
     await worker.do(lambda: worker.client.missed(Place(want.key, MODEL, 1, 1, ()), SwapMiss("io", "")))
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+async def test_a_loop_that_ends_keeps_nobody_waiting(
+    worker: Worker, asked_before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop of another thread, stopped: what it is handed is not begun until it is run again."""
+    ours, theirs = (control.Channel(sock) for sock in control.pair())
+
+    def ends() -> list[Place]:
+        with asyncio.Runner() as runner, ThreadPoolExecutor() as asking:
+            loop, handed = runner.get_loop(), threading.Event()
+            hand = loop.call_soon_threadsafe
+
+            def handing(*arguments: Any, **options: Any) -> asyncio.Handle:
+                handle = hand(*arguments, **options)
+                handed.set()
+                return handle
+
+            monkeypatch.setattr(loop, "call_soon_threadsafe", handing)
+            store = RemoteBlockStore(worker.client.slots, control.Asker(theirs), loop, DEADLINE_S * 2)
+            found: Future[list[Place]] | None = None
+            if asked_before:
+                found = asking.submit(store.find, [block("a").key], MODEL)
+                handed.wait(DEADLINE_S)
+            loop.call_soon(store.close)
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+            if found is None:
+                return asking.submit(store.find, [block("a").key], MODEL).result(DEADLINE_S)
+            runner.close()
+            return found.result(DEADLINE_S)
+
+    assert await worker.do(ends) == []
+    ours.close()
+    theirs.close()
 
 
 async def test_leases_that_come_too_late_go_back(worker: Worker) -> None:

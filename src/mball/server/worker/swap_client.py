@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from typing import Any
@@ -30,6 +31,14 @@ class RemoteBlockStore:
         self._loop = loop
         self._deadline_s = deadline_s
         self._tasks: set[asyncio.Task[None]] = set()
+        self._asking = threading.Lock()
+        self._closed = False
+
+    def close(self) -> None:
+        """By the thread of `loop` before that ends, and after `asker`: an ended loop never begins what it is handed.
+        Whoever asks from now on is told at once instead of waiting for the deadline. Idempotent."""
+        with self._asking:
+            self._closed = True
 
     @property
     def slots(self) -> Slots:
@@ -134,12 +143,15 @@ class RemoteBlockStore:
             return
 
     def _ask(self, verb: str, on_late: Callable[[Message], None] = lambda _: None, **arguments: Any) -> Message:
-        call = self._asker.call(verb, deadline_s=self._deadline_s, on_late=on_late, **arguments)
-        try:
-            future = asyncio.run_coroutine_threadsafe(call, self._loop)
-        except RuntimeError:  # the loop is gone
-            call.close()
-            raise
+        with self._asking:
+            if self._closed:
+                raise ChannelClosed(f"{verb}: the way to the store is closed")
+            call = self._asker.call(verb, deadline_s=self._deadline_s, on_late=on_late, **arguments)
+            try:
+                future = asyncio.run_coroutine_threadsafe(call, self._loop)
+            except RuntimeError:  # the loop is gone
+                call.close()
+                raise
         try:
             return future.result(self._deadline_s + _MARGIN_S)
         except TimeoutError:

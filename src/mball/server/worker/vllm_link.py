@@ -48,13 +48,16 @@ class Link:
     async def _serve(self) -> None:
         channel = Channel(self._socket)
         asker = Asker(channel)
+        store: RemoteBlockStore | None = None
 
         async def swap(message: Message, fd: int | None) -> Message:
             if fd is None or self._slots is not None:
                 no_descriptor(fd)
                 raise TransitionError("swap: no descriptor came with it, or it is there already")
+            nonlocal store
             self._slots = Slots.from_wire(fd, message["slots"])
-            self._use_store(RemoteBlockStore(self._slots, asker, asyncio.get_running_loop()))
+            store = RemoteBlockStore(self._slots, asker, asyncio.get_running_loop())
+            self._use_store(store)
             return {}
 
         async def counts(message: Message, fd: int | None) -> Message:
@@ -64,5 +67,7 @@ class Link:
         try:
             await serve(channel, {"swap": swap, "counts": counts}, asker)
         finally:
+            if store is not None:
+                store.close()
             self._use_store(None)
             channel.close()
