@@ -45,7 +45,8 @@ MiB = 1 << 20
 class Knobs:
     """How this worker behaves. A step is start, promote, canary, demote, balloon, image, drop_image, stop or
     request. Only where it `balloons` does it say what it could give up, and `layer_bytes` after that, with which a
-    request would take `layer_s` longer; whole pieces of `piece_bytes` go and come.
+    request would take `layer_s` longer; whole pieces of `piece_bytes` go and come. It says that it has `host_bytes` of
+    host memory, and `aside_bytes` more while its weights are away.
 
     `crash_at`, `hang_at`, `fail_at` name the step at which it kills itself, never answers, or answers with an error.
     `content` names what is in its image, by default its own name (-: it can't be loaded from the swap store); reading
@@ -67,6 +68,8 @@ class Knobs:
     token_s: float = 0.0
     tokens: int = 4
     kept_bytes: int = 0
+    host_bytes: int = 0
+    aside_bytes: int = 0
     balloons: bool = False
     layer_bytes: int = 0
     layer_s: float = 0.0
@@ -144,6 +147,7 @@ class FakeWorker:
             # One of its own memory has no name before it is filled.
             "image_key": None if self.spec.starts_awake else self.image_key,
             "layer_bytes": self.knobs.layer_bytes,
+            "host_bytes": self.knobs.host_bytes,
         }
 
     @property
@@ -204,6 +208,7 @@ class FakeWorker:
             "load_s": took,
             "total_s": took,
             "from_image": self.image_ready,
+            "host_bytes": self.knobs.host_bytes,
             **came,
         }
 
@@ -230,6 +235,7 @@ class FakeWorker:
         released = await asyncio.to_thread(self._give)
         return {
             "released_bytes": released,
+            "host_bytes": self.knobs.host_bytes + self.knobs.aside_bytes,
             "total_s": time.monotonic() - began,
             "private_bytes": private_bytes(os.getpid()),
         }

@@ -107,6 +107,7 @@ def test_two_engines_take_turns_and_vllm_wakes_token_exact(server: Running) -> N
         whole = client.state()
     assert not whole["books_wrong"]
     assert whole["devices"][0]["promised_bytes"] <= BUDGET_BYTES
+    assert whole["dram"]["worker_bytes"] == 32 * MiB, "its rows of KV, which are in no process's private memory"
 
 
 def test_its_own_routes_are_the_managers_alone(server: Running) -> None:

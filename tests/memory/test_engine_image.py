@@ -152,8 +152,9 @@ def test_what_was_changed_since_is_copied_and_comes_back_as_it_was_last(memory: 
     for value in (77, 78):
         ctypes.memset(memory.pages[1].address + SIZES[1] - 1, value, 1)
         changed = memory.content()
-        assert vault.put_away(memory.segments()) == SIZES[1]
+        assert vault.put_away(memory.segments()) == vault.aside_bytes == SIZES[1]
         swap(vault, memory)
+        assert vault.aside_bytes == 0
         assert memory.content() == changed
 
 

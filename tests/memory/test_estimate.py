@@ -86,6 +86,8 @@ def test_vllm_is_to_have_layers_in_host_memory_where_a_model_does_not_fit(tmp_pa
     assert found is not None
     assert found.cold is not None
     assert found.weights_bytes * 9 // 8 + (1 + 2) * GiB < 14 * GiB, "with vLLM's own and an eighth"
+    assert found.cold_bytes == found.cold.count * 448 * MiB
+    assert 16 * GiB + found.cold.prefetch_step * 448 * MiB == found.weights_bytes + found.cold_bytes
     assert found == estimate(dataclasses.replace(large, resident_layers="auto", device_memory_bytes=14 * GiB))
     assert streamed(colder, 14 * GiB) is None
     assert streamed(large, 5 * GiB) is None, "two buffers and what is no layer, KV and vLLM's own are more"

@@ -3,14 +3,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mball.device.simulated import SimulatedDevice
-from mball.units import MiB
+from mball.errors import MballError
+from mball.memory.estimate import Estimate
+from mball.units import GiB, MiB
 from tests.fake_worker import Knobs
-from tests.memory.conftest import Running, Serve, model
+from tests.memory.conftest import QUICK, Running, Serve, model
 
 ROOM = 500 * MiB
 
@@ -127,3 +130,71 @@ async def test_closing_frees_the_images(serve: Serve) -> None:
     )
     assert not [link for link in links if "memfd:" in link]
     assert running.manager.snapshot()["dram"]["image_bytes"] == 0
+
+
+def workers_bytes(running: Running) -> int:
+    found: int = running.manager.snapshot()["dram"]["worker_bytes"]
+    return found
+
+
+async def killed(running: Running, name: str) -> None:
+    os.kill(running.state(name)["pid"], signal.SIGKILL)
+    await running.until(lambda: running.state(name)["process"] == "gone")
+
+
+async def test_images_have_what_workers_leave_them(serve: Serve) -> None:
+    """Layers and KV blocks in host memory are there as long as their process: images make way, and come back."""
+    models = model("a"), model("b"), model("large", Knobs(host_bytes=100 * MiB, image_bytes=1 * GiB))
+    running = await serve(*models, dram_bytes=180 * MiB, settings=replace(QUICK, pressure_s=0.05))
+    for name in "ab":
+        await running.ask(name)
+        await ready(running, name)
+    await running.ask("large")
+    await running.until(lambda: running.manager.snapshot()["dram"]["image_bytes"] == 64 * MiB)
+    dram = running.manager.snapshot()["dram"]
+    assert (dram["worker_bytes"], dram["limit_bytes"], dram["pressure"]["pressed"]) == (100 * MiB, 80 * MiB, False)
+    dropped = [event.reason for event in running.manager.events.recent(100) if event.kind == "image dropped"]
+    assert ["100 MiB of dram_bytes are for workers' layers and KV blocks" in why for why in dropped] == [True]
+    assert running.manager.snapshot()["books_wrong"] == []
+    await killed(running, "large")
+    assert workers_bytes(running) == 0
+    assert running.manager.snapshot()["dram"]["limit_bytes"] == 180 * MiB
+    for name in "ab":
+        await running.ask(name)
+        await ready(running, name)
+
+
+async def test_what_lies_aside_while_a_model_sleeps_counts(serve: Serve) -> None:
+    knobs = Knobs(host_bytes=10 * MiB, aside_bytes=30 * MiB)
+    running = await serve(model("a", knobs), model("b"), dram_bytes=ROOM)
+    await running.ask("a")
+    assert workers_bytes(running) == 10 * MiB
+    await running.ask("b")
+    assert workers_bytes(running) == 40 * MiB
+    await running.ask("a")
+    assert workers_bytes(running) == 10 * MiB
+    await killed(running, "a")
+    assert workers_bytes(running) == 0
+
+
+async def test_layers_in_host_memory_count_before_they_are_there(serve: Serve, tmp_path: Path) -> None:
+    knobs = Knobs(start_s=0.5, cannot_start="no", counter=str(tmp_path / "starts"))
+    running = await serve(model("a", knobs), dram_bytes=ROOM, settings=replace(QUICK, start_attempts=1))
+    running.manager._models["a"].estimate = Estimate(64 * MiB, 16 * MiB, None, 300 * MiB)
+    asking = asyncio.create_task(running.ask("a"))
+    await running.until(lambda: running.state("a")["process"] == "starting")
+    assert running.manager.snapshot()["dram"]["limit_bytes"] == ROOM - 300 * MiB
+    with pytest.raises(MballError):
+        await asking
+    assert workers_bytes(running) == 0
+
+
+async def test_more_than_the_budget_is_told_and_costs_the_images_alone(serve: Serve) -> None:
+    running = await serve(model("a", Knobs(host_bytes=2 * GiB)), model("b"), dram_bytes=1 * GiB)
+    for name in "abab":
+        assert await running.ask(name) == f"{name} 1 2 3 "
+    [told] = [event for event in running.manager.events.recent(100) if event.kind == "host memory over budget"]
+    assert "2.0 GiB of host memory for layers and KV blocks, and dram_bytes is 1.0 GiB" in told.reason
+    dram = running.manager.snapshot()["dram"]
+    assert (dram["image_bytes"], dram["limit_bytes"]) == (0, 0)
+    assert running.manager.snapshot()["books_wrong"] == []

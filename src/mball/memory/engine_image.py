@@ -179,6 +179,11 @@ class Vault:
         self._none_yet()
         self._filling = Filling(self._memory, os.dup(fd), offset)
 
+    @property
+    def aside_bytes(self) -> int:
+        """Of host memory, for what was copied out."""
+        return sum(aside.nbytes for aside in self._aside.values())
+
     def name(self) -> str | None:
         """SHA-256, in hexadecimal, of what is in this process's part of the image that was filled last, and where; None
         where none was."""

@@ -41,12 +41,13 @@ class Estimate:
     """Weights exactly, as the files' headers say, as far as they stay on the device; KV as the configuration does. Of a
     model on several GPUs the equal share of one of them.
 
-    `cold`: how vLLM is to have layers in host memory (None: it has none there).
+    `cold`: how vLLM is to have layers in host memory (None: it has none there), and `cold_bytes` what they take of it.
     """
 
     weights_bytes: int
     kv_bytes: int
     cold: Cold | None = None
+    cold_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -62,16 +63,16 @@ def estimate(spec: WorkerSpec) -> Estimate | None:
         dtype = spec.dtype or config.get("dtype") or config.get("torch_dtype") or stored
         item_bytes = _ITEM_BYTES[dtype]
         kv_bytes = 0 if spec.task == "embed" else _kv_bytes(spec, text, item_bytes)
-        weights_bytes, cold = elements * item_bytes, None
+        weights_bytes, cold, cold_bytes = elements * item_bytes, None, 0
         sizes = streamed_sizes(spec, checkpoint, int(text["num_hidden_layers"]), item_bytes)
         if sizes is not None and spec.engine == "vllm":
-            cold = _cold(spec, sizes, kv_bytes)
-            weights_bytes = weights_bytes if cold is None else cold.held_bytes(sizes)
+            if (cold := _cold(spec, sizes, kv_bytes)) is not None:
+                weights_bytes, cold_bytes = cold.held_bytes(sizes), cold.host_bytes(sizes)
         elif sizes is not None:
             weights_bytes = sizes.held_bytes(cells(spec, sizes, kv_bytes))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, CheckpointError):
         return None
-    return Estimate(weights_bytes // math.prod(_parallel(spec)), kv_bytes, cold)
+    return Estimate(weights_bytes // math.prod(_parallel(spec)), kv_bytes, cold, cold_bytes)
 
 
 def _parallel(spec: WorkerSpec) -> tuple[int, int]:

@@ -43,7 +43,7 @@ class Image:
 
 
 class Images:
-    """Images of all models within the DRAM budget.
+    """Images of all models within the DRAM budget, of which they have what living workers leave.
 
     An image is worth the seconds it saves: arrival rate × what loading from the source takes ÷ its bytes. The least
     valuable goes first, and only for one that is worth twice as much.
@@ -58,6 +58,37 @@ class Images:
         self._settings = settings
         self._changed = changed
         self._filling: set[asyncio.Task[None]] = set()
+        self._spare_bytes = ledger.total_bytes
+        self._workers: dict[str, int] = {}
+
+    @property
+    def worker_bytes(self) -> int:
+        """What living workers have of host memory for layers and KV blocks."""
+        return sum(self._workers.values())
+
+    def limit(self, nbytes: int) -> None:
+        """What the host can spare for images; what is over goes by `shrink`."""
+        self._spare_bytes = nbytes
+        self.ledger.limit(min(nbytes, self.ledger.total_bytes - self.worker_bytes))
+
+    def charge(self, model: Model, nbytes: int) -> None:
+        """What the model's worker has of host memory for layers and KV blocks (0: it is gone)."""
+        before, total_bytes = self.worker_bytes, self.ledger.total_bytes
+        self._workers[model.name] = nbytes
+        if not nbytes:
+            del self._workers[model.name]
+        self.limit(self._spare_bytes)
+        if self.worker_bytes < before:
+            self._changed()
+        if self.worker_bytes > total_bytes >= before:
+            self._events.record(
+                "host memory over budget",
+                model.name,
+                f"with its {format_bytes(nbytes)}, workers have {format_bytes(self.worker_bytes)} of host memory for "
+                f"layers and KV blocks, and dram_bytes is {format_bytes(total_bytes)}: no model keeps an image, and "
+                "comes back from its files; give more dram_bytes, or fewer kv_arena_bytes and more resident_layers",
+                level="warning",
+            )
 
     def keep(self, model: Model, models: Iterable[Model], now_s: float) -> asyncio.Task[None] | None:
         """Begins to fill a model's image in the background, where it has none and the budget allows."""

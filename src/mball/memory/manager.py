@@ -56,12 +56,12 @@ class Manager:
     """Many models on one device or several. Everything runs on one asyncio loop, in whose thread workers are started
     too.
 
-    `devices`: each with what all workers may hold of it together; `dram_bytes`: what images may. `runtime_dir` holds
-    sockets, `log_dir` (by default inside it) a log per model, `state_dir` what is kept across restarts (None: nothing
-    is). `command_for` gives the command that starts a model's worker; `--control-fd N --spec JSON` is added to it,
-    `zygote_for` that of a zygote which can fork such workers (None: they start afresh). `runs_dir` holds the records of
-    this user's runs (None: the user's own place). `gauge` tells of the host's memory (None: the host's). `swap` says
-    where the swap store is (None: there is none).
+    `devices`: each with what all workers may hold of it together; `dram_bytes`: what images may, with what workers keep
+    there. `runtime_dir` holds sockets, `log_dir` (by default inside it) a log per model, `state_dir` what is kept
+    across restarts (None: nothing is). `command_for` gives the command that starts a model's worker; `--control-fd N
+    --spec JSON` is added to it, `zygote_for` that of a zygote which can fork such workers (None: they start afresh).
+    `runs_dir` holds the records of this user's runs (None: the user's own place). `gauge` tells of the host's memory
+    (None: the host's). `swap` says where the swap store is (None: there is none).
     """
 
     def __init__(
@@ -322,6 +322,7 @@ class Manager:
                 "total_bytes": self._images.ledger.total_bytes,
                 "limit_bytes": self._images.ledger.limit_bytes,
                 "image_bytes": self._images.ledger.promised_bytes,
+                "worker_bytes": self._images.worker_bytes,
                 "pressure": self._pressure.snapshot(),
             },
             "swap": self._swap.snapshot(),

@@ -139,11 +139,13 @@ class PressureWatch:
             return
         ledger, throttle = self._images.ledger, self._throttle
         pressed, before = throttle.pressed, throttle.limit_bytes
-        ledger.limit(throttle.take(reading, ledger.promised_bytes, time.monotonic()))
+        self._images.limit(throttle.take(reading, ledger.promised_bytes, time.monotonic()))
         if throttle.pressed and not pressed:
             self._warn(reading)
         if ledger.excess_bytes:
             why = f"{self._state(reading)}: host memory is short"
+            if throttle.limit_bytes >= ledger.promised_bytes:
+                why = f"{format_bytes(self._images.worker_bytes)} of dram_bytes are for workers' layers and KV blocks"
             await self._images.shrink(self._models.values(), ledger.excess_bytes, why)
         if pressed and not throttle.pressed:
             limit = format_bytes(throttle.limit_bytes)

@@ -34,7 +34,8 @@ class Hello:
 
     Of its weights it could do without `layer_bytes`, streamed instead. `resident`: it is on the device already.
     `image_key` names its image by its content (None: it can't be loaded from the swap store). `stages`: where its
-    start went, in seconds.
+    start went, in seconds. `host_bytes`: of host memory for layers and KV blocks that are not on the device, where that
+    is other memory.
     """
 
     baseline_bytes: int
@@ -45,6 +46,7 @@ class Hello:
     resident: bool = False
     image_key: bytes | None = None
     layer_bytes: int = 0
+    host_bytes: int = 0
     stages: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -59,6 +61,7 @@ class Hello:
             resident=message.get("resident") is True,
             image_key=None if key is None else bytes.fromhex(key),
             layer_bytes=int(message.get("layer_bytes", 0)),
+            host_bytes=int(message.get("host_bytes", 0)),
             stages={str(name): float(seconds) for name, seconds in message.get("stages", {}).items()},
         )
 

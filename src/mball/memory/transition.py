@@ -81,6 +81,7 @@ class Transitions:
             model.state = model.state.to(Process.STARTING)
             model.counters.starts += 1
             model.generation += 1
+            self._images.charge(model, 0 if model.estimate is None else model.estimate.cold_bytes)
             began = time.monotonic()
             owner = f"{model.name} #{model.generation}"
             try:
@@ -96,7 +97,7 @@ class Transitions:
             except MballError:
                 self._swap.gone(owner)
                 model.state = model.state.to(Process.GONE)
-                self._ledger.give_back(model.name)
+                self._give_back(model)
                 raise
             model.worker = worker
             model.state = model.state.to(Process.ALIVE)
@@ -170,6 +171,7 @@ class Transitions:
         with self._images.swap.lent(model) as lent:
             fd = None if lent is None else lent[1]
             done = await worker.call("promote", deadline_s=self._settings.promote_s, epoch=epoch, fd=fd)
+        self._charge(model, done)
         if came_from is Weights.NVME and done.get("weights_from") != Weights.NVME:
             came_from = Weights.SOURCE
         if lent is not None and (missed := done.get("missed")) is not None:
@@ -198,7 +200,7 @@ class Transitions:
             try:
                 before, gives = await self._held(model), model.movable_bytes
                 free_bytes = await asyncio.to_thread(self._device.free_bytes)
-                await worker.call("demote", deadline_s=self._settings.demote_s, epoch=epoch)
+                self._charge(model, await worker.call("demote", deadline_s=self._settings.demote_s, epoch=epoch))
                 # Beside its weights and KV it may keep what its context has grown by: that is charged from now on.
                 allowed = max(model.context_bytes, before - gives) + self._settings.slack_bytes
                 held = await self._given(model, allowed, free_bytes + gives, model.context_bytes)
@@ -336,7 +338,7 @@ class Transitions:
                 model.state = model.state.to(Process.STOPPING)
         await worker.stop(self._settings, politely=politely)
         await self._gone(worker)
-        self._ledger.give_back(model.name)
+        self._give_back(model)
         model.worker = None
         model.measured_bytes = model.ballooned_bytes = model.spare_bytes = model.layer_bytes = 0
         if model.spec.worker.starts_awake:
@@ -357,6 +359,7 @@ class Transitions:
     async def _settle(self, model: Model) -> None:
         """After a hello: what the context costs, whether the model fits at all, and its image."""
         hello = model.hello
+        self._images.charge(model, 0 if hello is None else hello.host_bytes)
         held = model.measured_bytes = await self._held(model)
         model.context_bytes = held if hello is None or not hello.resident else max(0, held - model.movable_bytes)
         self._ledger.promise(model.name, held)
@@ -386,6 +389,16 @@ class Transitions:
         if model.worker is not None and model.worker.exited.is_set():
             raise WorkerDied(f"{model.name}: its worker ended")
         return self._ledger.held(model.name) if held is None else held
+
+    def _charge(self, model: Model, done: dict[str, Any]) -> None:
+        """What a worker that was moved says that it has of host memory now."""
+        if (nbytes := done.get("host_bytes")) is not None:
+            self._images.charge(model, int(nbytes))
+
+    def _give_back(self, model: Model) -> None:
+        """Its process is gone."""
+        self._ledger.give_back(model.name)
+        self._images.charge(model, 0)
 
     async def _released(self, model: Model, allowed_bytes: int) -> int:
         """Waits until the worker holds no more than it may; returns what it holds. Raises NotReleased, WorkerDied."""

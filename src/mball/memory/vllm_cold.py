@@ -39,6 +39,10 @@ class Cold:
         """Of weights on the device."""
         return sizes.held_bytes(self.num_layers - self.saved)
 
+    def host_bytes(self, sizes: Sizes) -> int:
+        """Of weights in host memory."""
+        return self.count * sizes.cell_bytes
+
 
 def fitting(sizes: Sizes, room_bytes: int) -> Cold | None:
     """The fewest cold layers with which the weights fit; as many as can be where they don't. None: all may stay."""

@@ -94,7 +94,8 @@ class SleepingCpuWorker(Rpc, vllm_compat.cpu_worker()):  # type: ignore[misc]
         weights = self._memory()
         held = sum(weights.segments().values())
         kv_bytes = sum(HostMemory(vllm_compat.kv_caches_of(self)).segments().values())
-        return {"weights_bytes": held, "kv_bytes": kv_bytes, "image_bytes": held, "free_bytes": None}
+        # What is copied aside lies in the memory that is the device's, and counts there.
+        return {"weights_bytes": held, "kv_bytes": kv_bytes, "image_bytes": held, "aside_bytes": 0, "free_bytes": None}
 
     def _memory(self) -> HostMemory:
         # Parameters alone: buffers are small, and a reload of the weights does not make them.

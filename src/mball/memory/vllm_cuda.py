@@ -91,6 +91,7 @@ class CudaRpc(Rpc):
             "weights_bytes": weights_bytes,
             "kv_bytes": kv_bytes,
             "image_bytes": weights_bytes,
+            "aside_bytes": sleeper().vault.aside_bytes,
             "free_bytes": free_bytes,
         }
 

@@ -49,7 +49,8 @@ class Process(Protocol):
     rank: int
 
     def mball_describe(self) -> dict[str, Any]:
-        """Bytes of weights, of KV and of this process's part of an image, and free on the device (None: unknown)."""
+        """Bytes of weights, of KV, of this process's part of an image, copied aside in host memory that is not the
+        device's, and free on the device (None: unknown)."""
 
     def mball_vault(self) -> Vault:
         """One for the process's whole life."""

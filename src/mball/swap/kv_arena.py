@@ -40,6 +40,10 @@ class Arena:
         self._free: list[int] = list(range(self.slots)) if runtime is None else []
 
     @property
+    def nbytes(self) -> int:
+        return self.slots * self._stride
+
+    @property
     def rows(self) -> Tensor:
         """(slots, block_bytes), bytes."""
         whole = torch.frombuffer(self._mapping.buffer, dtype=torch.uint8)

@@ -61,6 +61,10 @@ class KVTier:
             self._preparing = threading.Thread(target=self._prepare, name="kv-arena", daemon=True)
             self._preparing.start()
 
+    @property
+    def arena_bytes(self) -> int:
+        return self._room.arena.nbytes
+
     def use_store(self, store: BlockStore | None, deadline_s: float = 10.0) -> bool:
         """Read and write there from now on, or nowhere; False where what was begun before does not end in time."""
         return self._disk.use(store, deadline_s)

@@ -22,7 +22,7 @@ from mball.memory.spec import WorkerSpec
 from mball.memory.vllm_cold import Cold
 from mball.memory.vllm_options import arguments, check_cold
 from mball.server.worker.vllm_http import VllmClient
-from mball.server.worker.vllm_process import check_fell, cold_layers, run
+from mball.server.worker.vllm_process import check_fell, cold_layers, host_bytes, run
 from mball.server.worker.vllm_verbs import VllmVerbs, describe
 from mball.units import GiB, MiB
 from tests.server.worker.test_vllm_start import TIMES
@@ -121,7 +121,8 @@ class Child:
 @contextlib.asynccontextmanager
 async def answering(spec: WorkerSpec, weights_bytes: int, asked: list[str]) -> AsyncIterator[None]:
     """At the socket of vLLM's server, whose one process says that it holds so much."""
-    held = {"weights_bytes": weights_bytes, "kv_bytes": 1 * GiB, "image_bytes": weights_bytes, "free_bytes": 70 * GiB}
+    held = {"weights_bytes": weights_bytes, "kv_bytes": 1 * GiB, "image_bytes": weights_bytes, "aside_bytes": 0}
+    held["free_bytes"] = 70 * GiB
     answers: dict[str, Any] = {
         "mball_stages": {"server_at": 1.0, "stages": TIMES},
         "mball_describe": held,
@@ -160,6 +161,17 @@ async def test_one_whose_layers_did_not_go_says_no_hello(spec: WorkerSpec) -> No
     assert "took the options for cold layers and keeps 9" in message["error"]
     assert child.ended.is_set()
     assert child.environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+
+
+async def test_what_it_has_of_host_memory_is_said(spec: WorkerSpec) -> None:
+    ours, theirs = control.pair()
+    async with answering(spec, WHOLE - 7 * LAYER, []):
+        ended = asyncio.create_task(run(theirs.detach(), replace(spec, kv_arena_bytes=1 * MiB), Child()))
+        with contextlib.closing(control.Channel(ours)) as channel:
+            message, _ = await channel.receive()
+        assert await ended == 0
+    assert (message["event"], message["host_bytes"]) == ("hello", 8 * LAYER + 1 * MiB)
+    assert host_bytes(replace(spec, resident_layers=None)) == host_bytes(replace(spec, resident_layers=16)) == 0
 
 
 async def test_it_forgets_nothing_when_it_sleeps(spec: WorkerSpec) -> None:

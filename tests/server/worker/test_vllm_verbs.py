@@ -27,6 +27,7 @@ class Ranks(VllmClient):
                 "weights_bytes": n * GiB,
                 "kv_bytes": GiB,
                 "image_bytes": n * GiB,
+                "aside_bytes": 0,
                 "free_bytes": 20 * GiB if on_gpus else None,
             }
             for n in (5, 4)
@@ -36,6 +37,7 @@ class Ranks(VllmClient):
         if path.startswith("/sleep"):
             for part, nbytes in zip(self.parts, self.gives, strict=True):
                 part["free_bytes"] += nbytes
+                part["aside_bytes"] = GiB
         return {}
 
     async def rpc(self, method: str, args: Sequence[Any] = (), *, deadline_s: float) -> list[Any]:
@@ -58,10 +60,12 @@ async def test_all_that_share_a_memory_are_counted_together() -> None:
 )
 async def test_a_sleep_is_proven_on_every_gpu(gives: tuple[int, int], said: str | None) -> None:
     client = Ranks(*(n * GiB for n in gives))
-    verbs = VllmVerbs(SPEC, client, await describe(client), ["0", "0"], lambda: None)
+    verbs = VllmVerbs(SPEC, client, await describe(client), ["0", "0"], lambda: None, host_bytes=3 * GiB)
     demote = verbs.table()["demote"]
     if said is None:
-        assert (await demote({"epoch": 1}, None))["released_bytes"] == 5 * GiB
+        moved = await demote({"epoch": 1}, None)
+        assert (moved["released_bytes"], moved["host_bytes"]) == (5 * GiB, 5 * GiB)
+        assert (await verbs.table()["promote"]({"epoch": 2}, None))["host_bytes"] == 3 * GiB
         return
     with pytest.raises(TransitionError, match=said):
         await demote({"epoch": 1}, None)

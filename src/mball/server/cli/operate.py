@@ -23,7 +23,7 @@ def table(state: dict[str, Any]) -> Table:
     """The models of a state, one a row, on their rungs."""
     dram, several = state["dram"], len(state["devices"]) > 1
     lines = [_device(device, number if several else None) for number, device in enumerate(state["devices"])]
-    lines.append(f"dram: {format_bytes(dram['image_bytes'])} of {format_bytes(dram['total_bytes'])}")
+    lines.append(f"dram: {_dram(dram)} of {format_bytes(dram['total_bytes'])}")
     if state["swap"] is not None:
         lines.append(_swap(state["swap"]))
     title = ("\n" if several or state["swap"] is not None else "   ").join(lines)
@@ -72,6 +72,11 @@ def _swap(swap: dict[str, Any]) -> str:
         limit = format_bytes(swap["daily_write_bytes"])
         text += f", {format_bytes(swap['written_today_bytes'])} written today of {limit}"
     return f"{text}, read-only: {swap['read_only']}" if swap["read_only"] else text
+
+
+def _dram(dram: dict[str, Any]) -> str:
+    images, workers = format_bytes(dram["image_bytes"]), dram["worker_bytes"]
+    return images if not workers else f"{images} of images and {format_bytes(workers)} of workers"
 
 
 def ps(url: Url = DEFAULT_URL, as_json: Json = False) -> None:

@@ -120,8 +120,9 @@ class EngineStatus:
     after which a request would take `layer_s` longer, as measured on average; both are 0 while that is not known.
 
     Of tokens that need not be computed, `prefix_hit_tokens` were in the KV pool and `kv_restored_tokens` came back to
-    it. `kv_stored_blocks` were written to the store. `kv_refusals`: computing was the faster way; `kv_failures`: blocks
-    that were damaged or late, and computed instead."""
+    it. `host_bytes` of host memory are for KV, where that is other memory than the device's. `kv_stored_blocks` were
+    written to the store. `kv_refusals`: computing was the faster way; `kv_failures`: blocks that were damaged or late,
+    and computed instead."""
 
     resident: bool
     running: int
@@ -144,6 +145,7 @@ class EngineStatus:
     kv_stored_blocks: int = 0
     kv_refusals: int = 0
     kv_failures: int = 0
+    host_bytes: int = 0
 
 
 class Residency(Protocol):

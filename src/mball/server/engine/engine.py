@@ -174,6 +174,7 @@ class GenerateEngine:
                 kv_stored_blocks=counts.get("stored_blocks", 0),
                 kv_refusals=counts.get("dram:refused", 0) + counts.get("store:refused", 0),
                 kv_failures=counts.get("failed_loads", 0) + counts.get("late_loads", 0),
+                host_bytes=0 if self._tier is None or self._device.type == "cpu" else self._tier.arena_bytes,
             )
 
     def use_block_store(self, store: BlockStore | None) -> None:

@@ -209,7 +209,11 @@ def _of_devices(devices: list[dict[str, Any]]) -> Iterator[Metric]:
 
 
 def _of_stores(dram: dict[str, Any], swap: dict[str, Any] | None) -> Iterator[Metric]:
-    for field, what in (("limit_bytes", "That images may hold now."), ("image_bytes", "Held by images.")):
+    for field, what in (
+        ("limit_bytes", "That images may hold now."),
+        ("image_bytes", "Held by images."),
+        ("worker_bytes", "Held by workers for layers and KV blocks."),
+    ):
         yield _gauge(f"mball:dram_{field}", what, [], [([], dram[field])])
     if swap is None or swap["state"] != "open":
         return

@@ -81,6 +81,7 @@ def _hello(service: Service) -> control.Message:
         "working_bytes": needs.activation_bytes,
         "layer_bytes": needs.layer_bytes,
         "image_bytes": service.engine.image_bytes,
+        "host_bytes": service.engine.status().host_bytes,
         "image_key": None if key is None else key.hex(),
     }
 

@@ -102,6 +102,13 @@ def cold_layers(spec: WorkerSpec) -> Cold | None:
     return found.cold
 
 
+def host_bytes(spec: WorkerSpec) -> int:
+    """What its engine has of host memory as long as it lives: cold layers, and rows for KV blocks. Blocks."""
+    found = estimate(spec) if spec.resident_layers is not None else None
+    rows_bytes = (spec.kv_arena_bytes or 0) if vllm_options.keeps_kv(spec) else 0
+    return rows_bytes + (0 if found is None else found.cold_bytes)
+
+
 def check_fell(spec: WorkerSpec, weights_bytes: int) -> None:
     """Raises EngineUnsupported where layers that were to be in host memory are on the device all the same."""
     if (most_bytes := cold_most_bytes(spec)) is not None and weights_bytes > most_bytes:
@@ -208,6 +215,7 @@ async def _answer(
             await channel.send({"event": "failed", "error": str(error)})
         raise
     held = awake.weights_bytes + awake.kv_bytes if awake.free_bytes is None else 0
+    beside_bytes = await asyncio.to_thread(host_bytes, spec)
     with contextlib.suppress(control.ChannelClosed):
         await channel.send(
             {
@@ -220,9 +228,10 @@ async def _answer(
                 "kv_bytes": awake.kv_bytes,
                 "image_bytes": sum(awake.image_bytes),
                 "working_bytes": None if awake.free_bytes is None else 0,
+                "host_bytes": beside_bytes,
             }
         )
-        with contextlib.closing(VllmVerbs(spec, client, awake, loaded, stopping.set, door)) as verbs:
+        with contextlib.closing(VllmVerbs(spec, client, awake, loaded, stopping.set, door, beside_bytes)) as verbs:
             await control.serve(channel, verbs.table(), asker)
 
 

@@ -31,12 +31,14 @@ _FREED_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What each of an engine's processes has on its device; `free_bytes` of those, where each has one of its own."""
+    """What each of an engine's processes has on its device; `free_bytes` of those, where each has one of its own;
+    `aside_bytes`: of host memory, copied out of all of them for as long as they sleep."""
 
     weights: tuple[int, ...]
     kv: tuple[int, ...]
     image_bytes: tuple[int, ...]
     free_bytes: tuple[int, ...] | None
+    aside_bytes: int = 0
 
     @property
     def weights_bytes(self) -> int:
@@ -62,6 +64,7 @@ async def describe(client: VllmClient) -> Described:
         kv=tuple(part["kv_bytes"] for part in parts),
         image_bytes=tuple(part["image_bytes"] for part in parts),
         free_bytes=None if None in free else tuple(free),
+        aside_bytes=sum(part["aside_bytes"] for part in parts),
     )
 
 
@@ -88,9 +91,11 @@ class VllmVerbs:
         loaded: list[str],
         stop: Callable[[], None],
         door: Door | None = None,
+        host_bytes: int = 0,
     ) -> None:
         """`loaded`: the weights' fingerprints now. `door`: where its engine asks for the swap store (None: it keeps no
-        KV there)."""
+        KV there). `host_bytes`: what its engine has of host memory as long as it lives."""
+        self._host_bytes = host_bytes
         self._door = door
         self._spec = spec
         self._client = client
@@ -141,7 +146,8 @@ class VllmVerbs:
                 came = await self._bring_back(place)
             self._asleep = None
             took = time.perf_counter() - began
-            return {"weights_bytes": self._awake.weights_bytes, "load_s": took, "total_s": took, **came}
+            moved = {"weights_bytes": self._awake.weights_bytes, "host_bytes": self._host_bytes}
+            return {**moved, "load_s": took, "total_s": took, **came}
 
     async def _bring_back(self, place: Place | None) -> dict[str, str]:
         """The weights from the swap store, else from their files; what comes of them has to be what it was."""
@@ -180,11 +186,11 @@ class VllmVerbs:
             level = 1 if self._image or self._filling or not self._forgets else 2
             if level == 2:
                 self._fingerprints = await fingerprints(self._client)
-            before = await self._held()
+            before, _ = await self._held()
             await self._client.post(f"/sleep?level={level}&mode=wait", deadline_s=MOVE_S)
             self._asleep = level
             # The answer alone proves nothing: a worker without a sleep mode gives the same one.
-            after = await self._held()
+            after, aside_bytes = await self._held()
             for held, still, gives in zip(before, after, self._gives(), strict=True):
                 if held - still < int(_FREED_SHARE * gives):
                     raise TransitionError(
@@ -192,7 +198,8 @@ class VllmVerbs:
                         f"{format_bytes(max(0, held - still))}, not {format_bytes(int(_FREED_SHARE * gives))}"
                     )
             released = min(held - still for held, still in zip(before, after, strict=True))
-            return {"released_bytes": released, "total_s": time.perf_counter() - began}
+            took = time.perf_counter() - began
+            return {"released_bytes": released, "host_bytes": self._host_bytes + aside_bytes, "total_s": took}
 
     def _gives(self) -> list[int]:
         """What a sleep has to give back of each device. Of the host's memory an engine holds what it has written of its
@@ -202,11 +209,12 @@ class VllmVerbs:
             return [awake.weights_bytes]
         return [weights + kv for weights, kv in zip(awake.weights, awake.kv, strict=True)]
 
-    async def _held(self) -> list[int]:
-        """Grow and fall with what the engine holds of each device."""
+    async def _held(self) -> tuple[list[int], int]:
+        """What grows and falls with what the engine holds of each device; and bytes that lie aside."""
         if self._awake.free_bytes is None:
-            return [await private_bytes(self._client)]
-        return [-free for free in (await describe(self._client)).free_bytes or ()]
+            return [await private_bytes(self._client)], 0
+        found = await describe(self._client)
+        return [-free for free in found.free_bytes or ()], found.aside_bytes
 
     async def _balloon(self, message: Message, fd: int | None) -> Message:
         no_descriptor(fd)

@@ -145,7 +145,9 @@ function showBars(state) {
     return bar(device.name, device.limit_bytes, [...owners, ["other programs", device.foreign_bytes || 0, "c7"]]);
   });
   const images = state.models.map((model) => [model.name, model.image_bytes, colour(model.name)]);
-  found.push(bar("DRAM, images", state.dram.limit_bytes, images));
+  const workers = state.dram.worker_bytes;
+  const kept = workers ? [...images, ["workers' layers and KV", workers, "c7"]] : images;
+  found.push(bar(workers ? "DRAM" : "DRAM, images", state.dram.limit_bytes + workers, kept));
   if (state.swap && state.swap.state === "open") {
     const kept = [["images", state.swap.image_bytes, "c0"], ["KV blocks", state.swap.block_bytes, "c1"]];
     found.push(bar("NVMe", state.swap.total_bytes, kept));
