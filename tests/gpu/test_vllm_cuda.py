@@ -258,8 +258,11 @@ async def test_adapters_sleep_and_wake_with_their_base(model: Path, tmp_path: Pa
         fd = memfd.create("m", hello.image_bytes)
         try:
             for epoch in (1, 2):
-                await worker.call("demote", deadline_s=120, epoch=epoch)
-                await worker.call("promote", deadline_s=120, epoch=epoch)
+                slept = await worker.call("demote", deadline_s=120, epoch=epoch)
+                # Without an image all lies aside, as a reload would lose the adapters; with one what has changed.
+                assert (slept["host_bytes"] > 0.9 * hello.weights_bytes) == (epoch == 1)
+                woke = await worker.call("promote", deadline_s=120, epoch=epoch)
+                assert woke["host_bytes"] == 0
                 assert [await text_of(spec.socket_path, name) for name in ("m", "formal", "brief")] == before
                 if epoch == 1:
                     await worker.call("image", deadline_s=120, fd=fd, state="empty")
