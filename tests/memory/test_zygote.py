@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
@@ -208,6 +208,29 @@ async def test_a_start_that_is_cancelled_while_it_forks_leaves_no_process(nurser
         keeper = {p for p in mine if "keeper" in " ".join(psutil.Process(p).cmdline())}
         assert mine - keeper == before | {worker.pid}
         await worker.stop(QUICK)
+
+
+async def test_a_worker_that_is_lost_and_found_has_one_owner(nursery: Opened, runtime_dir: Path) -> None:
+    """The zygote's late answer and the look for strays both name it."""
+    async with nursery() as made:
+        with subprocess.Popen(["sleep", "600"], start_new_session=True) as lost, told() as errors:  # noqa: ASYNC220
+            assert made._adopt(lost.pid)
+            assert not made._adopt(lost.pid)
+            await until(lambda: lost.pid not in made.pids())
+            assert not made._adopt(lost.pid)
+            await asyncio.sleep(0)
+            assert errors == []
+            lost.returncode = -signal.SIGKILL  # it was waited for
+
+
+@contextlib.contextmanager
+def told() -> Iterator[list[object]]:
+    """What the loop's callbacks raised."""
+    errors: list[object] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: errors.append(context))
+    yield errors
+    loop.set_exception_handler(None)
 
 
 async def test_what_left_the_group_ends_too(nursery: Opened, runtime_dir: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import subprocess
@@ -77,6 +76,7 @@ class Nursery:
                 self._log_dir / f"zygote-{number}.log",
                 settings,
                 self._know,
+                self._adopt,
             )
 
     async def launch(self, birth: Birth) -> Child:
@@ -157,10 +157,17 @@ class Nursery:
         async with self._births:
             strays = await asyncio.to_thread(orphans.strays, run, self.pids())
             for stray in strays:
-                _log.warning("ended what a worker had left", pid=stray.pid)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(stray.pid, signal.SIGKILL)
-                self._know(Child.adopted(stray.pid, sweep_s=self._settings.kill_s))
+                if self._adopt(stray.pid):
+                    _log.warning("ended what a worker had left", pid=stray.pid)
+
+    def _adopt(self, pid: int) -> bool:
+        """Ends a child of this process that is nobody's; another's, or one that is gone, is left alone."""
+        # It may have come to be known, or gone, since it was looked for.
+        if pid in self._children or orphans.parent(pid) != os.getpid():
+            return False
+        os.kill(pid, signal.SIGKILL)
+        self._know(Child.adopted(pid, sweep_s=self._settings.kill_s))
+        return True
 
     def _begin_keeper(self, record: Path) -> None:
         told, self._told = os.pipe()

@@ -182,7 +182,7 @@ def family(run: str) -> list[Born]:
 def strays(run: str, known: Iterable[int]) -> list[Born]:
     """Processes of the run that this one has inherited from those that ended, but for the known."""
     ours = set(known)
-    return [born for born in family(run) if born.pid not in ours and _parent(born.pid) == os.getpid()]
+    return [born for born in family(run) if born.pid not in ours and parent(born.pid) == os.getpid()]
 
 
 def _environment(pid: int) -> list[bytes]:
@@ -192,7 +192,8 @@ def _environment(pid: int) -> list[bytes]:
         return []
 
 
-def _parent(pid: int) -> int | None:
+def parent(pid: int) -> int | None:
+    """Its parent's pid, also where it has ended and was not waited for."""
     try:
         return int((PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
     except (FileNotFoundError, ProcessLookupError):

@@ -54,12 +54,15 @@ class Zygote:
         log: Path,
         settings: Settings,
         born: Callable[[Child], None],
+        lost: Callable[[int], object],
     ) -> None:
+        """`born` is told of each of its lives, `lost` the pid of a worker that nobody waits for any more."""
         self._command = [*command, "--room", _ROOM]
         self._environment = dict(environment)
         self._log = log
         self._settings = settings
         self._born = born
+        self._lost = lost
         self._child: Child | None = None
         self._caller: control.Caller | None = None
         self._ready = asyncio.Event()
@@ -98,13 +101,17 @@ class Zygote:
             why = str(error) or f"it did not answer in {self._settings.fork_s:.0f} s"
             if not isinstance(error, ValueError):
                 self._end(why)
-            calling.add_done_callback(_abandon)
+            calling.add_done_callback(self._abandon)
             raise NotForked(why) from None
         except asyncio.CancelledError:
-            calling.add_done_callback(_abandon)
+            calling.add_done_callback(self._abandon)
             raise
         self._forked = True
         return int(done["pid"])
+
+    def _abandon(self, calling: asyncio.Task[control.Message]) -> None:
+        if not calling.cancelled() and calling.exception() is None:
+            self._lost(int(calling.result()["pid"]))
 
     async def _when_ready(self) -> control.Caller:
         with contextlib.suppress(TimeoutError):
@@ -191,11 +198,3 @@ class Zygote:
 
 def _read_at_load(name: str) -> bool:
     return name.startswith(_READ_AT_LOAD) and name not in _SET_LATER
-
-
-def _abandon(calling: asyncio.Task[control.Message]) -> None:
-    """A worker that nobody waits for any more ends as its channel has closed; it is still to be waited for."""
-    if not calling.cancelled() and calling.exception() is None:
-        pid = int(calling.result()["pid"])
-        os.kill(pid, signal.SIGKILL)
-        Child.adopted(pid, sweep_s=0.0)
