@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import httpx2 as httpx
 import psutil
 import pytest
 import yaml
+from rich.console import Console
 
 from mball.device import proc
+from mball.server.cli.operate import table
 from mball.server.client import Client
 from mball.server.run import Running, running_server
 from mball.units import MiB
@@ -108,6 +111,9 @@ def test_two_engines_take_turns_and_vllm_wakes_token_exact(server: Running) -> N
     assert not whole["books_wrong"]
     assert whole["devices"][0]["promised_bytes"] <= BUDGET_BYTES
     assert whole["dram"]["worker_bytes"] == 32 * MiB, "its rows of KV, which are in no process's private memory"
+    shown = StringIO()
+    Console(file=shown, width=250).print(table(whole))
+    assert "32.0 MiB of workers" in shown.getvalue()
 
 
 def test_its_own_routes_are_the_managers_alone(server: Running) -> None:

@@ -95,6 +95,14 @@ def test_vllm_is_to_have_layers_in_host_memory_where_a_model_does_not_fit(tmp_pa
         assert streamed(dataclasses.replace(large, **other), 14 * GiB) is None
 
 
+def test_layers_are_not_left_to_a_host_that_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = sparse_model(tmp_path / "m", layers=32, layer_bytes=448 * MiB, rest_bytes=2 * GiB)
+    large = spec(path, engine="vllm", device="cuda:GPU-1", kv_cache_bytes=1 * GiB)
+    assert streamed(large, 14 * GiB) is not None
+    monkeypatch.setattr("mball.memory.estimate.memory_bytes", lambda: 1 * GiB)
+    assert streamed(large, 14 * GiB) is None
+
+
 def test_an_index_that_leads_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     folder(tmp_path / "other")
     path = folder(tmp_path / "m")

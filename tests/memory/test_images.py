@@ -170,7 +170,7 @@ async def test_what_lies_aside_while_a_model_sleeps_counts(serve: Serve) -> None
     await running.ask("a")
     assert workers_bytes(running) == 10 * MiB
     await running.ask("b")
-    assert workers_bytes(running) == 40 * MiB
+    assert workers_bytes(running) == running.state("a")["host_bytes"] == 40 * MiB
     await running.ask("a")
     assert workers_bytes(running) == 10 * MiB
     await killed(running, "a")

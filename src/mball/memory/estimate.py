@@ -11,6 +11,7 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mball.device.host import memory_bytes
 from mball.errors import CheckpointError
 from mball.loader.checkpoint import Checkpoint
 from mball.memory import vllm_cold
@@ -102,6 +103,8 @@ def _colder(spec: WorkerSpec, most_bytes: int) -> WorkerSpec | None:
         return None
     found = estimate(replace(spec, resident_layers="auto", device_memory_bytes=most_bytes))
     if found is None or found.cold is None or found.weights_bytes + _beside(spec, found.kv_bytes) > most_bytes:
+        return None
+    if found.cold_bytes > memory_bytes():
         return None
     return replace(spec, resident_layers=found.cold.num_layers - found.cold.count)
 

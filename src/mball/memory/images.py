@@ -43,7 +43,8 @@ class Image:
 
 
 class Images:
-    """Images of all models within the DRAM budget, of which they have what living workers leave.
+    """Images of all models within the DRAM budget, of which they have what living workers leave: `workers` says by
+    model what those have of host memory for layers and KV blocks.
 
     An image is worth the seconds it saves: arrival rate × what loading from the source takes ÷ its bytes. The least
     valuable goes first, and only for one that is worth twice as much.
@@ -59,12 +60,12 @@ class Images:
         self._changed = changed
         self._filling: set[asyncio.Task[None]] = set()
         self._spare_bytes = ledger.total_bytes
-        self._workers: dict[str, int] = {}
+        self.workers: dict[str, int] = {}
 
     @property
     def worker_bytes(self) -> int:
-        """What living workers have of host memory for layers and KV blocks."""
-        return sum(self._workers.values())
+        """Of all."""
+        return sum(self.workers.values())
 
     def limit(self, nbytes: int) -> None:
         """What the host can spare for images; what is over goes by `shrink`."""
@@ -74,9 +75,9 @@ class Images:
     def charge(self, model: Model, nbytes: int) -> None:
         """What the model's worker has of host memory for layers and KV blocks (0: it is gone)."""
         before, total_bytes = self.worker_bytes, self.ledger.total_bytes
-        self._workers[model.name] = nbytes
+        self.workers[model.name] = nbytes
         if not nbytes:
-            del self._workers[model.name]
+            del self.workers[model.name]
         self.limit(self._spare_bytes)
         if self.worker_bytes < before:
             self._changed()

@@ -467,6 +467,7 @@ class Manager:
         slot = self._devices.of(model)
         device = None if model.state.process in (Process.GONE, Process.FAILED) else slot.name
         shown = {**model.snapshot(slot.ledger.held(model.name)), "device": device, "last_event": self._told(last)}
+        shown["host_bytes"] = self._images.workers.get(model.name, 0)
         if model.retired and (coming := self._roster.answering(model.name)) is not None and coming is not model:
             shown["queued"] += len(coming.queue)
         return shown

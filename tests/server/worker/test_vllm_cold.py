@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from mball.device import host
 from mball.errors import ConfigError, EngineUnsupported, TransitionError
 from mball.loader import vllm_compat
 from mball.memory import control
@@ -69,7 +70,7 @@ def test_as_many_stay_as_there_is_room_for(spec: WorkerSpec) -> None:
     assert 4 * GiB < most.weights_bytes < 6 * GiB, "beside KV, two GiB of vLLM's own and an eighth"
 
 
-def test_what_can_not_be_is_refused(spec: WorkerSpec, tmp_path: Path) -> None:
+def test_what_can_not_be_is_refused(spec: WorkerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="for a GPU alone"):
         arguments(replace(spec, device="cpu"), 1)
     with pytest.raises(ConfigError, match="cpu_offload_gb"):
@@ -77,6 +78,9 @@ def test_what_can_not_be_is_refused(spec: WorkerSpec, tmp_path: Path) -> None:
     check_cold(replace(spec, engine_args={"cpu_offload_gb": 0}))
     with pytest.raises(ConfigError, match="its files don't tell"):
         cold_layers(replace(spec, path=str(tmp_path / "none")))
+    monkeypatch.setattr(host, "memory_bytes", lambda: 64 * MiB)
+    with pytest.raises(ConfigError, match=r"4\.0 GiB of layers to host memory, which is 64\.0 MiB in all"):
+        cold_layers(spec)
 
 
 def test_the_older_runner_of_026_offloads_and_the_newer_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,12 +99,15 @@ def ps(url: Url = DEFAULT_URL, as_json: Json = False) -> None:
 
 
 def _details(model: dict[str, Any]) -> str:
-    """What it needs and how that is known, what its balloon has, where it computes, and what was last done with it."""
+    """What it needs and how that is known, what its balloon has, and its worker of host memory, where it computes, and
+    what was last done with it."""
     parts = []
     if model["known_from"] != "nothing":
         parts.append(f"needs {format_bytes(model['needed_bytes'])} ({model['known_from']})")
     if model["ballooned_bytes"]:
         parts.append(f"*{format_bytes(model['ballooned_bytes'])} ballooned")
+    if model["host_bytes"]:
+        parts.append(f"{format_bytes(model['host_bytes'])} of host memory")
     if cores := model["cores"]:
         cpus, threads = ",".join(map(str, cores["cpus"])), cores["threads"]
         parts.append(f"{threads} thread{'s' if threads > 1 else ''} on cores {cpus}")

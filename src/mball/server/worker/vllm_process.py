@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from mball.device import prctl
+from mball.device import host, prctl
 from mball.errors import ConfigError, EngineUnsupported, MballError, TransitionError
 from mball.loader import vllm_compat
 from mball.loader.checkpoint import Checkpoint
@@ -94,11 +94,16 @@ def kv_bytes(spec: WorkerSpec) -> int:
 
 
 def cold_layers(spec: WorkerSpec) -> Cold | None:
-    """Those that are to be in host memory. Raises ConfigError where the files don't tell which."""
+    """Those that are to be in host memory. Raises ConfigError where the files don't tell which, or it has no room."""
     if spec.resident_layers is None:
         return None
     if (found := estimate(spec)) is None:
         raise ConfigError(f"{spec.model}: resident_layers: its files don't tell what its layers take: leave it out")
+    if found.cold_bytes > (host_has := host.memory_bytes()):
+        raise ConfigError(
+            f"{spec.model}: resident_layers leaves {format_bytes(found.cold_bytes)} of layers to host memory, which is "
+            f"{format_bytes(host_has)} in all: let more stay, or use engine: transformers, which reads them from files"
+        )
     return found.cold
 
 

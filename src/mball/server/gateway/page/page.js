@@ -60,6 +60,7 @@ function facts(model) {
   if (model.rate * 60 >= 0.1) found.push(`${(model.rate * 60).toFixed(1)} requests a minute`);
   if (model.device_bytes) found.push(`${size(model.device_bytes)} on the device`);
   if (model.image_bytes) found.push(`image of ${size(model.image_bytes)}`);
+  if (model.host_bytes) found.push(`${size(model.host_bytes)} of host memory`);
   if (model.last_swap_s) found.push(`last swap ${model.last_swap_s.toFixed(2)} s`);
   return found.join(" · ");
 }
