@@ -61,6 +61,7 @@ class Images:
         self._filling: set[asyncio.Task[None]] = set()
         self._spare_bytes = ledger.total_bytes
         self.workers: dict[str, int] = {}
+        self._warned = False
 
     @property
     def worker_bytes(self) -> int:
@@ -81,7 +82,8 @@ class Images:
         self.limit(self._spare_bytes)
         if self.worker_bytes < before:
             self._changed()
-        if self.worker_bytes > total_bytes >= before:
+        if self.worker_bytes > total_bytes > 0 and not self._warned:
+            self._warned = True
             self._events.record(
                 "host memory over budget",
                 model.name,
