@@ -9,8 +9,8 @@ from mball.device.cpu import CpuDevice
 from mball.device.host import memory_bytes
 from mball.device.simulated import SimulatedDevice
 from mball.errors import ConfigError
-from mball.server.catalog import budget, build_manager, model_spec, swap_settings
-from mball.server.config import json_schema, load_config
+from mball.server.catalog import budget, build_manager, dram_budget, model_spec, swap_settings
+from mball.server.config import Config, json_schema, load_config
 from mball.units import GiB, MiB
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "deploy" / "examples").glob("*.yaml"))
@@ -82,6 +82,13 @@ def test_a_gpu_keeps_something_for_others() -> None:
     assert budget(CpuDevice()) == min(2 * GiB, memory_bytes() // 2)
     assert budget(Gpu(80 * GiB)) == 80 * GiB - 80 * GiB // 32
     assert budget(Gpu(8 * GiB)) == 8 * GiB - 512 * MiB
+
+
+def test_beside_a_gpu_half_of_the_hosts_memory_is_for_what_leaves_it() -> None:
+    for name in ("cuda", "cuda:0+cuda:1"):
+        assert dram_budget(Config(device=(name,))) == memory_bytes() // 2
+    assert dram_budget(Config()) == 4 * GiB
+    assert dram_budget(Config(device=("cuda",), dram_bytes=0)) == 0
 
 
 def test_a_flag_replaces_the_models_of_the_file(tmp_path: Path) -> None:

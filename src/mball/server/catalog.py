@@ -22,6 +22,7 @@ from mball.swap.store import Settings as SwapSettings
 from mball.units import GiB, MiB
 
 _CPU_BYTES = 2 * GiB
+_DRAM_BYTES = 4 * GiB
 _LEAST_RESERVE = 512 * MiB
 _POOLING = "1_Pooling/config.json"
 _ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "nomic_bert", "modernbert"})
@@ -39,7 +40,7 @@ def build_manager(config: Config, runtime_dir: Path, *, gauge: Gauge | None = No
     return Manager(
         model_specs(config, runtime_dir),
         [(device, config.device_memory_bytes or budget(device)) for device in open_devices(config.device)],
-        dram_bytes=config.dram_bytes,
+        dram_bytes=dram_budget(config),
         runtime_dir=runtime_dir,
         state_dir=config.state_dir or state_dir(),
         log_dir=config.log_dir or runtime_dir / "logs",
@@ -66,6 +67,14 @@ def budget(device: Device) -> int:
     if not device.name.startswith("cuda:"):
         return min(_CPU_BYTES, memory_bytes() // 2)
     return device.total_bytes - max(device.total_bytes // 32, _LEAST_RESERVE)
+
+
+def dram_budget(config: Config) -> int:
+    """What is configured; else half of the host's memory beside a GPU, whose models are large and take none of it while
+    they are there. Images give way where others need it."""
+    if config.dram_bytes is not None:
+        return config.dram_bytes
+    return memory_bytes() // 2 if any(name.startswith("cuda") for name in config.device) else _DRAM_BYTES
 
 
 def settings(config: Config) -> Settings:

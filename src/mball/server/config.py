@@ -253,10 +253,10 @@ class Config(BaseSettings):
             "thirty-second (512 MiB at least), which is left to the driver and to others."
         ),
     )
-    dram_bytes: ConfigSize = Field(
-        default=4 * GiB,
+    dram_bytes: ConfigSize | None = Field(
+        default=None,
         description="DRAM for images of models that are not on the device, and for layers and KV that workers keep "
-        "there: images have what those leave.",
+        "there: images have what those leave. By default half of the host's memory beside a GPU, else 4 GiB.",
     )
     swap: SwapConfig | None = Field(
         default=None, description="A store on a disk for weights and KV that leave memory; by default none."

@@ -25,7 +25,7 @@ def serve(
     device_memory: Annotated[
         str | None, typer.Option(help="What models may hold of each device together, as 900MiB.")
     ] = None,
-    dram: Annotated[str | None, typer.Option(help="DRAM for images of models off the device, as 4GiB.")] = None,
+    dram: Annotated[str | None, typer.Option(help="DRAM for images of models off the device, as 60GiB.")] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads of a worker on the CPU.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Where the models' logs go.")] = None,
     fd: Annotated[int | None, typer.Option(hidden=True)] = None,
