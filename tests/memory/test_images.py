@@ -180,8 +180,8 @@ async def test_what_lies_aside_while_a_model_sleeps_counts(serve: Serve) -> None
     assert workers_bytes(running) == 0
 
 
-async def test_layers_in_host_memory_count_before_they_are_there(serve: Serve, tmp_path: Path) -> None:
-    knobs = Knobs(start_s=1.5, cannot_start="no", counter=str(tmp_path / "starts"))
+async def test_layers_in_host_memory_count_before_they_are_there(serve: Serve) -> None:
+    knobs = Knobs(start_s=1.5, cannot_start="no")
     running = await serve(model("a", knobs), dram_bytes=ROOM, settings=replace(QUICK, start_attempts=1))
     running.manager._models["a"].estimate = Estimate(64 * MiB, 16 * MiB, None, 300 * MiB)
     asking = asyncio.create_task(running.ask("a"))

@@ -32,8 +32,8 @@ class LazyStream:
     """Name and tensor in the order of the files and of the names in each; the next ones are read meanwhile.
 
     Two groups of `group_bytes` are there at most beside what the caller keeps. The memory is taken by another thread
-    than the caller's. `read_bytes`: of tensors, so far; what lies between short pieces of
-    rows is read with them, and not counted. A use of a tensor raises what `load` raises.
+    than the caller's. `read_bytes`: of tensors, so far; what lies between short pieces of rows is
+    read with them, and not counted. A use of a tensor raises what `load` raises.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, group_bytes: int = STREAM_BYTES) -> None:

@@ -206,7 +206,7 @@ async def test_a_loop_that_ends_keeps_nobody_waiting(
             found: Future[list[Place]] | None = None
             if asked_before:
                 found = asking.submit(store.find, [block("a").key], MODEL)
-                handed.wait(DEADLINE_S)
+                assert handed.wait(DEADLINE_S)
             loop.call_soon(store.close)
             loop.call_soon(loop.stop)
             loop.run_forever()
