@@ -6,6 +6,9 @@ SLEEP_ENVIRONMENT = "MBALL_VLLM_SLEEP"
 FORK_ENVIRONMENT = "MBALL_VLLM_FORK"
 """Set to 1 where vLLM's engine is to be forked from its server on the CPU, too."""
 
+METHOD_ENVIRONMENT = "VLLM_WORKER_MULTIPROC_METHOD"
+"""vLLM's own: how it begins the engine's processes."""
+
 SERVER_ENVIRONMENT = "MBALL_VLLM_SERVER_AT"
 """When vLLM's server had been imported, by the monotonic clock; set by its process for those of its engine."""
 

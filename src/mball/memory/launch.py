@@ -16,6 +16,9 @@ from mball.memory.spec import WorkerSpec
 _INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 _SWEEP_S = 10.0
 
+THREADS_ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""Read when the library of each is loaded, which begins its threads then; no fork keeps those."""
+
 
 @dataclass(frozen=True, slots=True)
 class Birth:
@@ -35,13 +38,10 @@ Launch = Callable[[Birth], Awaitable[Child]]
 
 def base_environment(threads: int) -> dict[str, str]:
     """What every worker, and a zygote, is given: nothing but what it needs."""
-    count = str(threads)
     return {
         **{name: os.environ[name] for name in _INHERITED if name in os.environ},
         "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
-        "OPENBLAS_NUM_THREADS": count,
+        **dict.fromkeys(THREADS_ENVIRONMENT, str(threads)),
         # Threads that spin for long take the cores from the other workers: a step took a second instead of 0.04.
         "GOMP_SPINCOUNT": "10000",
         # Freed memory has to go back to the kernel: a demotion is proven by what the process still holds.

@@ -13,7 +13,6 @@ import sys
 
 from mball.device import prctl
 from mball.loader import vllm_compat
-from mball.loader.vllm_names import FORK_ENVIRONMENT
 from mball.server.worker import vllm_process, vllm_server, zygote
 from mball.server.worker.vllm_forked import ForkedServer
 
@@ -46,7 +45,6 @@ def _serve(told: int) -> int:
     given = json.loads(text)
     os.environ.clear()
     os.environ.update(given["environment"])
-    os.environ |= {"VLLM_WORKER_MULTIPROC_METHOD": "fork", FORK_ENVIRONMENT: "1"}
     sys.argv = ["vllm", *given["arguments"]]
     vllm_server.main()
     return 0
