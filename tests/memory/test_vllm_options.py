@@ -38,7 +38,8 @@ def test_what_mball_says() -> None:
 
 def test_on_a_gpu_its_own_worker_is_extended() -> None:
     words = arguments(replace(SPEC, device="cuda:GPU-1"), 1 << 30)
-    assert words[-2:] == ["--worker-extension-cls", "mball.memory.vllm_cuda.CudaRpc"]
+    extension = "--worker-extension-cls mball.memory.vllm_cuda.CudaRpc"
+    assert " ".join(words).endswith(f"{extension} --gpu-memory-utilization 0.01")
     assert "--worker-cls" not in words
 
 

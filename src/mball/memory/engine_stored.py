@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 READ_BYTES = 4 * MiB
 """Of one read, or a slot where that is more."""
 
-READS = 2
+READS = 4
 """At a time. More under way made a virtual disk a fifth slower, and what a disk of its own can do comes with less."""
 
 

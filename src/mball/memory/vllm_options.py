@@ -163,6 +163,8 @@ def arguments(spec: WorkerSpec, kv_bytes: int, cold: Cold | None = None) -> list
     }
     if spec.device.startswith("cuda"):
         options["worker_extension_cls"] = CUDA_EXTENSION
+        # Or it would not start beside others, whatever room there is: by itself it wants 0.92 of the device free.
+        options["gpu_memory_utilization"] = _LEAST_SHARE
     else:
         options["worker_cls"] = CPU_WORKER
     if cold is not None:
@@ -250,6 +252,9 @@ _OFFLOADING = frozenset({"offload_backend", "offload_group_size", "cpu_offload_g
 _HASH = "sha256_cbor"
 _HASHES = ("sha256", "sha256_cbor")
 """Block names: those of `sha256` are of Python's pickles."""
+
+_LEAST_SHARE = 0.01
+"""Of a device, which has to be free for vLLM to start. How much it takes is said in bytes, and promised before."""
 
 _INSTEAD = {
     "kv_cache_memory_bytes": ": give it beside engine_args, as the model's own option",
