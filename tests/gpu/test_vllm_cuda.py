@@ -200,6 +200,10 @@ async def test_its_server_as_a_worker(model: Path, tmp_path: Path) -> None:
             assert (await worker.call("promote", deadline_s=60, epoch=5))["weights_from"] == "source"
             assert await text_of(spec.socket_path) == before
             stretch, passes = raw_disk.Stretch(str(tmp_path / "swap"), 0, filled["bytes"]), list[raw_disk.Rates]()
+
+            def bare() -> None:
+                passes.append(raw_disk.rates([stretch], 3.0, raw_disk.DEPTHS[:: -1 if len(passes) % 2 else 1]))
+
             from_store_s = await from_the_store(
                 worker,
                 filled,
@@ -207,13 +211,13 @@ async def test_its_server_as_a_worker(model: Path, tmp_path: Path) -> None:
                 tmp_path,
                 partial(text_of, spec.socket_path),
                 WAKES,
-                lambda: passes.append(raw_disk.rates([stretch], 5.0)),
+                bare,
             )
         finally:
             os.close(fd)
         depth, rate = raw_disk.best(passes)
         told = {"bytes": filled["bytes"], "fill_s": filled["fill_s"], "from_store_s": from_store_s}
-        print(json.dumps({**told, **took, "disk": {"depth": depth, "bytes_s": rate}}))  # noqa: T201
+        print(json.dumps({**told, **took, "disk": {"depth": depth, "bytes_s": rate, "passes": passes}}))  # noqa: T201
     assert free_bytes - device.free_bytes() < 256 * MiB
 
 

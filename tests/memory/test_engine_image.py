@@ -53,6 +53,7 @@ class Memory:
         self.gate = threading.Event()
         self.gate.set()
         self.busy = False
+        self.begun: list[tuple[int, int, int]] = []
         for number, pages in enumerate(self.pages):
             ctypes.memset(pages.address, number + 1, pages.nbytes)
 
@@ -75,10 +76,13 @@ class Memory:
         self.copied += nbytes
 
     def load(self, address: int, source: int, nbytes: int) -> None:
-        ctypes.memmove(address, source, nbytes)
+        """As late as may be."""
+        self.begun.append((address, source, nbytes))
 
     def finish(self) -> None:
-        pass
+        for copy in self.begun:
+            ctypes.memmove(*copy)
+        self.begun.clear()
 
     def lose(self) -> None:
         for pages in self.pages:

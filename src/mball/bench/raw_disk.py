@@ -36,9 +36,9 @@ Rates = dict[int, float]
 """Bytes a second by depth."""
 
 
-def rates(stretches: Sequence[Stretch], limit_s: float) -> Rates:
-    """Of each depth, which may take `limit_s`. Raises Cannot."""
-    return {depth: _rate(stretches, depth, limit_s) for depth in DEPTHS}
+def rates(stretches: Sequence[Stretch], limit_s: float, depths: Sequence[int] = DEPTHS) -> Rates:
+    """Of each depth in turn, which may take `limit_s`. Some disks give most to who comes first. Raises Cannot."""
+    return {depth: _rate(stretches, depth, limit_s) for depth in depths}
 
 
 def best(passes: Sequence[Rates]) -> tuple[int, float]:

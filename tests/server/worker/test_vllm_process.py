@@ -232,7 +232,7 @@ async def from_the_store(
     between: Callable[[], object] = lambda: None,
 ) -> list[float]:
     """Its image is in the swap store and nowhere else, then back in DRAM, then damaged in the store. Epochs from 5 on.
-    Seconds of each wake straight from the store, before which `between` is called."""
+    Seconds of each wake straight from the store; `between` is called before each and after the last."""
     before, epochs = await ask(), itertools.count(5)
     key, nbytes = bytes.fromhex(filled["key"]), filled["bytes"]
     keeper = SwapKeeper(
@@ -265,6 +265,7 @@ async def from_the_store(
         for _ in range(wakes):
             between()
             assert await there_and_back(place) == {"weights_from": "nvme"}
+        between()
         changed = await there_and_back(replace(place, key=MODEL))
         assert changed == {"weights_from": "source", "missed": "changed"}
         # In DRAM once more, it is what it was: asleep, it is taken in place of what was forgotten.
