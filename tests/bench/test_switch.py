@@ -13,6 +13,7 @@ from rich.console import Console
 
 from mball.bench.runner import Outcome
 from mball.bench.switch import MBALL, STOCK, Options, p95, run_switch
+from mball.bench.switch_mball import _instead
 from mball.bench.switch_stock import by_hand
 from mball.device.simulated import SimulatedDevice
 from mball.errors import MballError
@@ -148,4 +149,11 @@ def test_on_several_gpus_a_model_is_spread_over_them(tmp_path: Path) -> None:
     spread = dataclasses.replace(alone, device="+".join(names))
     assert (alone.spec("a").ranks, spread.spec("a").ranks) == (1, 2)
     assert spread.spec("a").device == "+".join(names)
-    assert alone.room() - spread.room() == pytest.approx(1.5 * 4 * MiB, rel=0.05)
+    # Half of the weights on each, and each rank's context on the other's, too.
+    assert spread.room() - alone.room() == pytest.approx(3 * GiB - 1.5 * 4 * MiB, rel=0.001)
+
+
+def test_models_that_are_stopped_where_they_should_take_turns_are_told_of() -> None:
+    demoted, told = {"kind": "demoted"}, {"kind": "stopped", "reason": "for b: its memory is needed"}
+    assert _instead([demoted]) == "they fit both at once"
+    assert _instead([demoted, {"kind": "ended"}, told]) == "2 times one was stopped (for b: its memory is needed)"

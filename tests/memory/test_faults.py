@@ -190,6 +190,10 @@ async def test_one_that_lies_about_its_release_is_stopped_before_its_bytes_are_p
     assert await running.ask("b") == "b 1 2 3 "
     assert not alive(pid)
     assert running.state("liar")["shown_as"] == "stopped"
+    last = running.manager.events.last("liar")
+    assert last is not None
+    assert last.kind == "stopped"
+    assert "did not give its memory back: liar: its worker still holds" in last.reason
     assert device.refusals == 0
 
 

@@ -33,6 +33,7 @@ WANTED = {"switch_s": 0.6, "p95": 0.9, "tokens": 0.99}
 
 _ROOM = 1.5
 _CONTEXTS_BYTES = 3 * GiB
+"""Of two models, for each GPU that they are spread over: each rank has something on the others' too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Options:
     def room(self) -> int:
         """Raises CheckpointError where the model's files don't tell."""
         weights = Checkpoint.open(self.model).image_bytes // self._gpus
-        return self.room_bytes or round(_ROOM * (weights + self.kv_bytes)) + _CONTEXTS_BYTES
+        return self.room_bytes or round(_ROOM * (weights + self.kv_bytes)) + _CONTEXTS_BYTES * self._gpus
 
 
 def run_switch(options: Options, *, json_path: Path | None, markdown_path: Path | None, console: Console) -> bool:

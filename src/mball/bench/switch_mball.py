@@ -68,7 +68,7 @@ async def in_turn(options: Options, folder: Path, outcome: Outcome, after: Calla
         for kind, measure in (("demoted", "sleep_s"), ("promoted", "wake_s")):
             took = [event[f"{kind[:-1]}_s"] for event in new if event["kind"] == kind]
             if len(took) != options.switches:
-                raise MballError(f"{len(took)} times a model was {kind}, of {options.switches}: they fit both at once")
+                raise MballError(f"{len(took)} times a model was {kind}, of {options.switches}: {_instead(new)}")
             for measures, seconds in zip(outcome.rounds, took, strict=True):
                 measures[measure] = seconds
         outcome.facts |= _told(events)
@@ -77,6 +77,14 @@ async def in_turn(options: Options, folder: Path, outcome: Outcome, after: Calla
         outcome.facts["held_bytes"] = max(model["device_bytes"] for model in asleep)
         outcome.facts["held_promised_bytes"] = max(model["promised_bytes"] for model in asleep)
         after(f"{options.switches} switches")
+
+
+def _instead(events: list[dict[str, Any]]) -> str:
+    """Why the models did not take turns."""
+    stopped = [event for event in events if event["kind"] in ("stopped", "ended")]
+    if not stopped:
+        return "they fit both at once"
+    return f"{len(stopped)} times one was stopped ({stopped[-1].get('reason') or stopped[-1]['kind']})"
 
 
 def _told(events: list[dict[str, Any]]) -> dict[str, Any]:

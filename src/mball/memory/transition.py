@@ -207,8 +207,11 @@ class Transitions:
                 if held > model.context_bytes + self._settings.slack_bytes:
                     model.context_bytes = held
             except (TransitionError, DeviceError) as error:
-                _log.warning("worker stopped: it did not give its memory back", model=model.name, error=str(error))
+                dead = worker.exited.is_set()
                 await self.bury(model)
+                if not dead:
+                    why = f"it did not give its memory back: {error}"
+                    self._events.record("stopped", model.name, why, level="warning")
                 return
             self._images.swap.look(model)
             model.state = model.state.to(weights=model.rest)
