@@ -133,7 +133,7 @@ class FakeWorker:
         """An engine that starts on the device takes what it needs before."""
         self.baseline = private_bytes(os.getpid()) or 0
         if self.spec.starts_awake:
-            await asyncio.to_thread(self._take, self.held)
+            await asyncio.to_thread(self._take, self.held - self.knobs.working_bytes)
             self.resident = True
         return {
             "resident": self.resident,
@@ -176,7 +176,7 @@ class FakeWorker:
 
     def _take(self, nbytes: int) -> None:
         self.account.take(nbytes)
-        self.taken = nbytes
+        self.taken += nbytes
         if self.spec.device == "cpu":
             self.memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.memory.madvise(mmap.MADV_POPULATE_WRITE if hasattr(mmap, "MADV_POPULATE_WRITE") else 23)
@@ -345,6 +345,8 @@ class FakeWorker:
         self.in_flight += 1
         try:
             await self.fault("request")
+            if self.taken < self.held and self.spec.starts_awake:
+                await asyncio.to_thread(self._take, self.held - self.taken)
             if request.path == "/v1/embeddings":
                 inputs = body["input"] if isinstance(body["input"], list) else [body["input"]]
                 data = [{"object": "embedding", "index": i, "embedding": [0.6, 0.8]} for i in range(len(inputs))]

@@ -66,6 +66,30 @@ async def test_it_sleeps_for_another_and_comes_back(serve: Serve) -> None:
     assert not running.manager.snapshot()["books_wrong"]
 
 
+async def test_what_a_step_wants_again_is_no_reason_to_stop_who_could_sleep(serve: Serve, tmp_path: Path) -> None:
+    """As with vLLM on several GPUs: room for one awake beside one asleep, and hardly more."""
+    device = SimulatedDevice.create(tmp_path / "tight", 172 * MiB, context_bytes=22 * MiB)
+    knobs = Knobs(weights_bytes=75 * MiB, kv_bytes=20 * MiB, working_bytes=25 * MiB)
+    path = sparse_model(tmp_path / "m", layers=8, layer_bytes=9 * MiB, rest_bytes=3 * MiB)
+    specs = [eager(name, knobs) for name in "ab"]
+    specs = [replace(s, worker=replace(s.worker, path=str(path), kv_cache_bytes=20 * MiB)) for s in specs]
+    running = await serve(*specs, on=device, dram_bytes=ROOM, settings=replace(QUICK, slack_bytes=2 * MiB))
+    for name in "ababab":
+        await running.ask(name)
+    assert [running.state(name)["starts"] for name in "ab"] == [1, 1]
+    assert running.state("a")["device_bytes"] == 22 * MiB
+    assert not running.manager.snapshot()["books_wrong"]
+
+
+async def test_what_was_thought_to_stay_is_measured_when_it_sleeps(serve: Serve) -> None:
+    running = await serve(eager("a", Knobs(extra_bytes=15 * MiB)), model("b"), dram_bytes=ROOM)
+    await running.ask("a")
+    assert running.manager._models["a"].context_bytes == 16 * MiB
+    await running.ask("b")
+    assert running.manager._models["a"].context_bytes == 1 * MiB
+    assert running.manager._models["a"].figures.needs.context_bytes == 1 * MiB
+
+
 async def test_its_image_goes_with_its_worker(serve: Serve) -> None:
     """It is of that process's memory: the next one's is another."""
     running = await serve(eager("a"), dram_bytes=ROOM)

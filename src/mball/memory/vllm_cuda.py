@@ -95,6 +95,11 @@ class CudaRpc(Rpc):
             "free_bytes": free_bytes,
         }
 
+    def mball_trim(self) -> dict[str, Any]:
+        trimmed, before = super().mball_trim(), torch.cuda.memory_reserved()
+        torch.cuda.empty_cache()
+        return {**trimmed, "cached_bytes": before - torch.cuda.memory_reserved()}
+
     def mball_vault(self) -> Vault:
         return sleeper().vault
 

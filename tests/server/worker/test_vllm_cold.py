@@ -131,6 +131,7 @@ async def answering(spec: WorkerSpec, weights_bytes: int, asked: list[str]) -> A
         "mball_stages": {"server_at": 1.0, "stages": TIMES},
         "mball_describe": held,
         "mball_fingerprint": {"fingerprint": "0"},
+        "mball_trim": {"cached_bytes": 3 * MiB},
     }
 
     async def answer(request: web.Request) -> web.Response:
@@ -175,6 +176,7 @@ async def test_what_it_has_of_host_memory_is_said(spec: WorkerSpec) -> None:
             message, _ = await channel.receive()
         assert await ended == 0
     assert (message["event"], message["host_bytes"]) == ("hello", 8 * LAYER + 1 * MiB)
+    assert message["working_bytes"] == 3 * MiB
     assert host_bytes(replace(spec, resident_layers=None)) == host_bytes(replace(spec, resident_layers=16)) == 0
 
 

@@ -10,7 +10,7 @@ import pytest
 from mball.errors import TransitionError
 from mball.memory.spec import WorkerSpec
 from mball.server.worker.vllm_http import VllmClient
-from mball.server.worker.vllm_verbs import VllmVerbs, describe
+from mball.server.worker.vllm_verbs import VllmVerbs, describe, trim
 from mball.units import GiB
 
 SPEC = WorkerSpec("m", "/m", device="cuda:GPU-1+cuda:GPU-2", engine="vllm", engine_args={"tensor_parallel_size": 2})
@@ -41,6 +41,8 @@ class Ranks(VllmClient):
         return {}
 
     async def rpc(self, method: str, args: Sequence[Any] = (), *, deadline_s: float) -> list[Any]:
+        if method == "mball_trim":
+            return [{"cached_bytes": nbytes} for nbytes in (3, 5)]
         return self.parts if method == "mball_describe" else [{"fingerprint": "0"}] * 2
 
 
@@ -48,6 +50,10 @@ async def test_what_it_holds_is_that_of_the_gpu_that_has_most() -> None:
     found = await describe(Ranks())
     assert (found.weights_bytes, found.kv_bytes) == (5 * GiB, GiB)
     assert found.image_bytes == (5 * GiB, 4 * GiB)
+
+
+async def test_what_the_next_step_wants_again_is_that_of_the_gpu_that_had_most() -> None:
+    assert await trim(Ranks()) == 5
 
 
 async def test_all_that_share_a_memory_are_counted_together() -> None:

@@ -34,7 +34,7 @@ from mball.server.worker.vllm_door import Door
 from mball.server.worker.vllm_forked import Server, Start, fresh
 from mball.server.worker.vllm_http import VllmClient
 from mball.server.worker.vllm_start import start_stages
-from mball.server.worker.vllm_verbs import VllmVerbs, describe, fingerprints, private_bytes
+from mball.server.worker.vllm_verbs import VllmVerbs, describe, fingerprints, private_bytes, trim
 from mball.swap.place import digest
 from mball.units import format_bytes
 
@@ -213,6 +213,8 @@ async def _answer(
     stages = await start_stages(client, began, healthy)
     sys.stderr.write(json.dumps({"event": "vllm started", "model": spec.model, **stages}) + "\n")
     awake, loaded = await describe(client), await fingerprints(client)
+    # What the first steps have left to the next is no part of what stays while it sleeps.
+    cached_bytes = await trim(client)
     try:
         await asyncio.to_thread(check_fell, spec, awake.weights_bytes)
     except EngineUnsupported as error:
@@ -228,11 +230,11 @@ async def _answer(
                 "pid": os.getpid(),
                 "resident": True,
                 "stages": stages,
-                "baseline_bytes": max(0, await private_bytes(client) - held),
+                "baseline_bytes": max(0, await private_bytes() - held),
                 "weights_bytes": awake.weights_bytes,
                 "kv_bytes": awake.kv_bytes,
                 "image_bytes": sum(awake.image_bytes),
-                "working_bytes": None if awake.free_bytes is None else 0,
+                "working_bytes": None if awake.free_bytes is None else cached_bytes,
                 "host_bytes": beside_bytes,
             }
         )

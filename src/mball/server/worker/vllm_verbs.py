@@ -74,9 +74,14 @@ async def fingerprints(client: VllmClient) -> list[str]:
     return [part["fingerprint"] for part in parts]
 
 
-async def private_bytes(client: VllmClient) -> int:
-    """What this process and all below it hold alone, once freed heap is back with the kernel."""
-    await client.rpc("mball_trim", deadline_s=ANSWER_S)
+async def trim(client: VllmClient) -> int:
+    """Freed memory goes back to the kernel and to the device: bytes of the one that gets most, which a step takes
+    again. Raises TransitionError."""
+    return max(int(part["cached_bytes"]) for part in await client.rpc("mball_trim", deadline_s=ANSWER_S))
+
+
+async def private_bytes() -> int:
+    """What this process and all below it hold alone."""
     return await asyncio.to_thread(proc.family_private_bytes, os.getpid()) or 0
 
 
@@ -212,7 +217,8 @@ class VllmVerbs:
     async def _held(self) -> tuple[list[int], int]:
         """What grows and falls with what the engine holds of each device; and bytes that lie aside."""
         if self._awake.free_bytes is None:
-            return [await private_bytes(self._client)], 0
+            await trim(self._client)
+            return [await private_bytes()], 0
         found = await describe(self._client)
         return [-free for free in found.free_bytes or ()], found.aside_bytes
 
