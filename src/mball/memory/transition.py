@@ -201,7 +201,7 @@ class Transitions:
                 before, gives = await self._held(model), model.movable_bytes
                 free_bytes = await asyncio.to_thread(self._device.free_bytes)
                 self._charge(model, await worker.call("demote", deadline_s=self._settings.demote_s, epoch=epoch))
-                # Beside its weights and KV it may keep what its context has grown by: that is charged from now on, and no more.
+                # Beside its weights and KV it may keep what its context has grown by. That is charged, and no more.
                 allowed = max(model.context_bytes, before - gives) + self._settings.slack_bytes
                 held = await self._given(model, allowed, free_bytes + gives, model.context_bytes)
                 if abs(held - model.context_bytes) > self._settings.slack_bytes:
