@@ -90,7 +90,8 @@ def bring(memory: EngineMemory, wanted: Mapping[int, Kept], image: Stored) -> No
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """Bytes of the image from `at` on. Of each of `parts` (address, byte of the image, bytes)."""
+    """`nbytes` of the image from byte `at` on, and where what is wanted of them goes: (address, byte of the image,
+    bytes)."""
 
     at: int
     nbytes: int
