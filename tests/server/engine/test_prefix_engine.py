@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -215,8 +216,9 @@ def test_damaged_blocks_are_computed_again(
 ) -> None:
     with (tmp_path / "store").open("r+b") as file:
         for slot in range(store.layout.slots):
-            file.seek(store.layout.slot_at(slot) + 4096 + 700)
-            file.write(b"\x5a")
+            at = store.layout.slot_at(slot) + 4096 + 700
+            [byte] = os.pread(file.fileno(), 1, at)
+            os.pwrite(file.fileno(), bytes([byte ^ 1]), at)
     engine = with_store(engine_for(filled, **ARENA, **ONE), store)
     assert Run(engine, "r", LONG[0]).wait().tokens == reference(oracle(filled), LONG[0], 12)[0]
     status = engine.status()
