@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +17,7 @@ app = typer.Typer(help="Measure this machine, MBALL and its peers.", no_args_is_
 
 @app.callback()
 def _bench() -> None:
-    # As Ctrl-C does: the servers that a benchmark has started end with it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    pass
 
 
 @app.command()
