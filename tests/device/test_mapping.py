@@ -2,10 +2,11 @@ import errno
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mball.device.mapping import Mapping, map_file, pages
-from mball.units import MiB
+from mball.units import KiB, MiB
 from tests.loader.files import mapping_of
 
 
@@ -21,6 +22,20 @@ def test_anonymous_memory_is_there_once_it_is_populated_and_gone_when_closed() -
     mapping.close()
     with pytest.raises(ValueError):
         mapping_of(address)
+
+
+@pytest.mark.parametrize("nbytes", [2 * MiB, 8 * MiB + 32 * KiB, 6 * MiB - 1])
+def test_large_anonymous_memory_begins_at_a_huge_page_and_holds_no_more(nbytes: int) -> None:
+    space = psutil.Process().memory_info
+    before_bytes = space().vms
+    mappings = [Mapping(nbytes) for _ in range(8)]
+    took_bytes = space().vms - before_bytes
+    assert all(mapping.address % (2 * MiB) == 0 for mapping in mappings)
+    assert took_bytes < 8 * (nbytes + MiB)
+    for mapping in mappings:
+        memoryview(mapping.buffer).cast("B")[-1:] = b"x"
+        mapping.close()
+    assert space().vms - before_bytes < 8 * MiB
 
 
 def test_a_file_is_mapped_read_only_and_shared(tmp_path: Path) -> None:

@@ -47,8 +47,11 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-WAKES = 3
+WAKES = 5
 """From the store, each beside the disk by itself."""
+
+DEPTHS = (1, 4)
+"""Of the disk by itself, all of the image, as a wake reads it: what lies behind a disk may keep a part."""
 
 CHECK = Path(__file__).with_name("vllm_check.py")
 
@@ -202,7 +205,7 @@ async def test_its_server_as_a_worker(model: Path, tmp_path: Path) -> None:
             stretch, passes = raw_disk.Stretch(str(tmp_path / "swap"), 0, filled["bytes"]), list[raw_disk.Rates]()
 
             def bare() -> None:
-                passes.append(raw_disk.rates([stretch], 3.0, raw_disk.DEPTHS[:: -1 if len(passes) % 2 else 1]))
+                passes.append(raw_disk.rates([stretch], 30.0, DEPTHS[:: -1 if len(passes) % 2 else 1]))
 
             from_store_s = await from_the_store(
                 worker,

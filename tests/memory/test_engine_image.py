@@ -24,6 +24,7 @@ from mball.memory.fingerprint import fingerprints
 from mball.memory.pace import Pace
 from mball.units import MiB
 
+HEADER_BYTES = 4096
 SIZES = (3 * MiB, PIECE_BYTES + 2 * MiB, mmap.PAGESIZE)
 
 
@@ -309,14 +310,20 @@ def test_cancelled_before_it_begins(memory: Memory, image_fd: int) -> None:
 
 def reader(fd: int, slot_bytes: int = 4096) -> Stored:
     read_once: set[int] = set()
+    stride_bytes = HEADER_BYTES + slot_bytes
 
-    def read(into: memoryview, at: int) -> None:
-        slots = set(range(at // slot_bytes, -(-(at + len(into)) // slot_bytes)))
-        assert not slots & read_once, "a slot is read for each of those that want a part of it"
+    def read(first: int, into: memoryview) -> None:
+        slots = range(first, first + len(into) // stride_bytes)
+        assert len(slots) * stride_bytes == len(into)
+        assert not read_once.intersection(slots), "a slot is read for each of those that want a part of it"
         read_once.update(slots)
-        assert os.preadv(fd, [into], at) == len(into)
+        for slot, at in zip(slots, range(0, len(into), stride_bytes), strict=True):
+            into[at : at + HEADER_BYTES] = b"h" * HEADER_BYTES
+            payload = into[at + HEADER_BYTES :][:slot_bytes]
+            # Of the last one no more than there is.
+            assert os.preadv(fd, [payload], slot * slot_bytes) > 0
 
-    return Stored(read, slot_bytes)
+    return Stored(read, slot_bytes, HEADER_BYTES)
 
 
 def kept(fd: int) -> int:
@@ -422,9 +429,9 @@ def test_a_slot_that_can_not_be_read_ends_it_and_leaves_nothing(memory: Memory, 
     vault.drop()
     vault.forget(memory.segments())
 
-    def read(into: memoryview, at: int) -> None:
+    def read(first: int, into: memoryview) -> None:
         raise SwapMiss("checksum", "a flipped byte")
 
     with pytest.raises(SwapMiss, match="a flipped byte"):
-        vault.restore(Stored(read, 4096))
+        vault.restore(Stored(read, 4096, HEADER_BYTES))
     assert not memory.runtime.registered

@@ -184,12 +184,12 @@ class SlowSlots(Slots):
         self._free_at = 0.0
         self._never = threading.Event()
 
-    def read_run(self, place: Place, run: Run, into: memoryview, offset: int = 0, *, proven: bool = True) -> int:
+    def read_run(self, place: Place, run: Run, into: memoryview, offset: int = 0) -> int:
         with self._lock:
             begin = max(self._free_at, time.perf_counter())
             self._free_at = begin + run.slots * self.layout.stride_bytes / self._rate
             ends = self._free_at
-        done = super().read_run(place, run, into, offset, proven=proven)
+        done = super().read_run(place, run, into, offset)
         if (left := ends - time.perf_counter()) > 0:
             self._never.wait(left)
         return done

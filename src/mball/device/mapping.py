@@ -8,9 +8,11 @@ import os
 from typing import Any
 
 from mball.device import libc
+from mball.units import MiB
 
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
+_HUGE_BYTES = 2 * MiB
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -27,10 +29,19 @@ class Mapping:
         self._writable = writable or fd is None
         protection = mmap.PROT_READ | mmap.PROT_WRITE if self._writable else mmap.PROT_READ
         flags = mmap.MAP_SHARED if fd is not None else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        address = libc.LIBC.mmap(None, max(nbytes, 1), protection, flags, -1 if fd is None else fd, 0)
+        # Whether the kernel begins it at a huge page depends on its version and on the length; a disk that reads into
+        # what is half in small pages takes a quarter longer.
+        spare = _HUGE_BYTES if fd is None and nbytes >= _HUGE_BYTES else 0
+        address = libc.LIBC.mmap(None, max(nbytes, 1) + spare, protection, flags, -1 if fd is None else fd, 0)
         if address is None or address == _MAP_FAILED:
             raise libc.error("mmap")
         self.address = int(address)
+        if spare:
+            self.address = -(-self.address // _HUGE_BYTES) * _HUGE_BYTES
+            before = self.address - address
+            for at, unused in ((address, before), (self.address + self.whole_pages, spare - before)):
+                if unused:
+                    libc.LIBC.munmap(at, unused)
         if self._writable:
             # Only a hint: without it the memory is there all the same.
             libc.LIBC.madvise(self.address, nbytes, mmap.MADV_HUGEPAGE)

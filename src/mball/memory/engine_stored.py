@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mball.device import mapping
 from mball.errors import RegistrationFailed, SwapMiss
 from mball.swap.disk import Disk
+from mball.swap.layout import BLOCK_BYTES
 from mball.swap.place import Place
 from mball.swap.slots import Slots
-from mball.swap.stored_image import StoredImage
 from mball.units import MiB
 
 if TYPE_CHECKING:
     from mball.memory.control import Message
     from mball.memory.engine_image import EngineMemory, Kept
 
-READ_BYTES = 4 * MiB
+READ_BYTES = 2 * MiB
 """Of one read, or a slot where that is more."""
 
 READS = 3
@@ -33,12 +35,14 @@ disk gives. What is read into stays small, as a virtual disk is slower where tha
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An image in the store. `read` fills memory from a byte of it on, or raises SwapMiss; whole slots are read. Whose
-    they are is known then, and not whether they are whole: that is seen on the device, faster than any processor can.
+    """An image in the store. `read` fills memory with whole slots from a number on, each `slot_bytes` of the image with
+    `header_bytes` before them, as a disk gives most where nothing is sorted out; or raises SwapMiss. Whose they are is
+    known then, and not whether they are whole: that is seen on the device, faster than any processor can.
     """
 
-    read: Callable[[memoryview, int], None]
+    read: Callable[[int, memoryview], None]
     slot_bytes: int
+    header_bytes: int
 
 
 @contextlib.contextmanager
@@ -52,7 +56,7 @@ def stored(path: str, slots: Message, place: Message) -> Iterator[Stored]:
         raise SwapMiss("io", f"the store can't be opened: {os.strerror(error.errno or 0)}") from error
     try:
         opened = Slots.from_wire(disk.fd, slots)
-        yield Stored(StoredImage(opened, Place.from_wire(place), proven=False).read, opened.layout.slot_bytes)
+        yield Stored(partial(opened.read_bare, Place.from_wire(place)), opened.layout.slot_bytes, BLOCK_BYTES)
     finally:
         disk.close()
 
@@ -62,7 +66,8 @@ def bring(memory: EngineMemory, wanted: Mapping[int, Kept], image: Stored) -> No
 
     Raises SwapMiss, after which what is in them is worth nothing; DeviceError.
     """
-    read_bytes = -(-READ_BYTES // image.slot_bytes) * image.slot_bytes
+    slots = max(1, READ_BYTES // image.slot_bytes)
+    read_bytes = slots * (image.header_bytes + image.slot_bytes)
     staging = mapping.Mapping((READS + 1) * read_bytes)
     with ExitStack() as undo:
         undo.callback(staging.close)
@@ -74,12 +79,12 @@ def bring(memory: EngineMemory, wanted: Mapping[int, Kept], image: Stored) -> No
         pool = undo.enter_context(ThreadPoolExecutor(READS, thread_name_prefix="mball-stored"))
         pieces = deque(range(0, staging.nbytes, read_bytes))
         under_way: deque[tuple[Future[None], int, _Read]] = deque()
-        for read in _reads(wanted, read_bytes):
+        for read in _reads(wanted, image, slots):
             if not pieces:
                 pieces.append(_copied(memory, staging, *under_way.popleft()))
             piece = pieces.popleft()
             into = memoryview(staging.buffer).cast("B")[piece : piece + read.nbytes]
-            under_way.append((pool.submit(image.read, into, read.at), piece, read))
+            under_way.append((pool.submit(image.read, read.first, into), piece, read))
         while under_way:
             _copied(memory, staging, *under_way.popleft())
     with memory.entered():
@@ -90,10 +95,10 @@ def bring(memory: EngineMemory, wanted: Mapping[int, Kept], image: Stored) -> No
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """`nbytes` of the image from byte `at` on, and where what is wanted of them goes: (address, byte of the image,
-    bytes)."""
+    """Slots from `first` on, `nbytes` with their headers, and where what is wanted of those goes: (address, byte of
+    what is read, bytes)."""
 
-    at: int
+    first: int
     nbytes: int
     parts: Sequence[tuple[int, int, int]]
 
@@ -101,23 +106,31 @@ class _Read:
 def _copied(memory: EngineMemory, staging: mapping.Mapping, done: Future[None], piece: int, read: _Read) -> int:
     """The piece, which is free for another read. Raises SwapMiss, DeviceError."""
     done.result()
-    for address, position, count in read.parts:
-        memory.load(address, staging.address + piece + position - read.at, count)
+    for address, at, count in read.parts:
+        memory.load(address, staging.address + piece + at, count)
     memory.finish()
     return piece
 
 
-def _reads(wanted: Mapping[int, Kept], read_bytes: int) -> Iterator[_Read]:
-    """From one multiple of `read_bytes` to the next, where slots begin, as far as something there is wanted."""
-    parts: dict[int, list[tuple[int, int, int]]] = {}
+def _reads(wanted: Mapping[int, Kept], image: Stored, most: int) -> Iterator[_Read]:
+    """Of at most so many slots, from the first to the last of them that something is wanted of."""
+    stride, parts = image.header_bytes + image.slot_bytes, dict[int, list[tuple[int, int, int]]]()
     for address, kept in wanted.items():
         at, end = kept.position, kept.position + kept.nbytes
         while at < end:
-            number = at // read_bytes
-            upto = min(end, (number + 1) * read_bytes)
-            parts.setdefault(number, []).append((address + at - kept.position, at, upto - at))
-            at = upto
-    for number in sorted(parts):
-        first = min(at for _, at, _ in parts[number])
-        last = max(at + count for _, at, count in parts[number])
-        yield _Read(first, last - first, parts[number])
+            number, begin = divmod(at, image.slot_bytes)
+            count = min(end - at, image.slot_bytes - begin)
+            parts.setdefault(number, []).append((address + at - kept.position, begin, count))
+            at += count
+    for _, numbers in itertools.groupby(sorted(parts), key=lambda number: number // most):
+        together = list(numbers)
+        first, last = together[0], together[-1]
+        yield _Read(
+            first,
+            (last - first + 1) * stride,
+            [
+                (address, (number - first) * stride + image.header_bytes + begin, count)
+                for number in together
+                for address, begin, count in parts[number]
+            ],
+        )

@@ -71,9 +71,8 @@ class Slots:
             parts += [block, payload]
         return self.disk.write(parts, self.layout.slot_at(run.slot))
 
-    def read(self, place: Place, into: memoryview, offset: int = 0, *, proven: bool = True) -> int:
-        """The entry's bytes from `offset` on, as many as `into` holds; the bytes read from the disk. Where they are not
-        `proven` all that is known is whose they are, and the caller finds out whether they are right.
+    def read(self, place: Place, into: memoryview, offset: int = 0) -> int:
+        """The entry's bytes from `offset` on, as many as `into` holds; the bytes read from the disk.
 
         Raises SwapMiss where they can't be had or can't be trusted; then what is in `into` is worth nothing. Fastest
         where `into` begins at a page, and `offset` and its length are whole slots.
@@ -81,9 +80,26 @@ class Slots:
         if offset < 0 or offset + len(into) > place.nbytes:
             raise ValueError(f"bytes {offset} to {offset + len(into)} of an entry of {place.nbytes}")
         runs = self.runs(place, offset, len(into))
-        return sum(self.read_run(place, run, into, offset, proven=proven) for run in runs)
+        return sum(self.read_run(place, run, into, offset) for run in runs)
 
-    def read_run(self, place: Place, run: Run, into: memoryview, offset: int = 0, *, proven: bool = True) -> int:
+    def read_bare(self, place: Place, first: int, into: memoryview) -> None:
+        """Whole slots as they lie on the disk, headers and all, in as few and as large reads as there can be: the
+        entry's part `first` and those after it, one in each `stride_bytes` of `into`, which begins at a page.
+
+        Whose they are is known then; whether their payloads are right, the caller finds out. Raises SwapMiss.
+        """
+        stride = self.layout.stride_bytes
+        for run in place.runs(first, len(into) // stride, self.slots_a_call):
+            begin = (run.ordinal - first) * stride
+            self._fetch([into[begin : begin + run.slots * stride]], run)
+            for number in range(run.slots):
+                at, ordinal = begin + number * stride, run.ordinal + number
+                payload = into[at + BLOCK_BYTES :][: place.payload_bytes(ordinal, self.layout)]
+                found = bytes(into[at : at + HEADER_BYTES])
+                wrong = difference(found, place, ordinal, payload, self.store_id, proven=False)
+                self._expect(wrong, run.slot + number)
+
+    def read_run(self, place: Place, run: Run, into: memoryview, offset: int = 0) -> int:
         """One system call of `runs(place, offset, len(into))`. Raises SwapMiss, OSError where `into` has no memory."""
         slot_bytes = self.layout.slot_bytes
         headers = self._memory("headers read", run.slots * BLOCK_BYTES)
@@ -106,9 +122,7 @@ class Slots:
         self._fetch(parts, run)
         for number, payload in enumerate(payloads):
             found = bytes(headers[number * BLOCK_BYTES : number * BLOCK_BYTES + HEADER_BYTES])
-            wrong = difference(found, place, run.ordinal + number, payload, self.store_id, proven=proven)
-            if wrong is not None:
-                raise SwapMiss(wrong, f"slot {run.slot + number} does not hold what was written there")
+            self._expect(difference(found, place, run.ordinal + number, payload, self.store_id), run.slot + number)
         for target, source in copies:
             target[:] = source
         return sum(map(len, parts))
@@ -121,6 +135,10 @@ class Slots:
                 raise
             why = os.strerror(error.errno or errno.EIO)
             raise SwapMiss("io", f"slots {run.slot} to {run.slot + run.slots - 1} can't be read: {why}") from error
+
+    def _expect(self, wrong: str | None, slot: int) -> None:
+        if wrong is not None:
+            raise SwapMiss(wrong, f"slot {slot} does not hold what was written there")
 
     def _padded(self, payload: memoryview, number: int) -> memoryview:
         """A copy that begins at a page and ends with a block, with zeros behind."""

@@ -14,11 +14,9 @@ from mball.swap.slots import Slots
 class StoredImage:
     """Thread-safe; a thread keeps the slot that it read last, as a tensor may begin and end within one."""
 
-    def __init__(self, slots: Slots, place: Place, *, proven: bool = True) -> None:
-        """`proven`: as `Slots.read` takes it."""
+    def __init__(self, slots: Slots, place: Place) -> None:
         self._slots = slots
         self._place = place
-        self._proven = proven
         self._kept = threading.local()
 
     def read(self, into: memoryview, at: int) -> None:
@@ -32,7 +30,7 @@ class StoredImage:
         try:
             self._part(into[: whole - at], at)
             if rest > whole:
-                self._slots.read(self._place, into[whole - at : rest - at], whole, proven=self._proven)
+                self._slots.read(self._place, into[whole - at : rest - at], whole)
             self._part(into[rest - at :], rest)
         except OSError as error:
             raise SwapMiss("memory", f"no memory to read into: {os.strerror(error.errno or 0)}") from error
@@ -49,6 +47,6 @@ class StoredImage:
                 self._kept.slot = aligned(slot_bytes)
             self._kept.number = None
             there = self._kept.slot[: min(slot_bytes, self._place.nbytes - begin)]
-            self._slots.read(self._place, there, begin, proven=self._proven)
+            self._slots.read(self._place, there, begin)
             self._kept.number = number
         into[:] = self._kept.slot[at - begin : at - begin + len(into)]
