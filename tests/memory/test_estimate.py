@@ -124,6 +124,41 @@ def test_files_that_do_not_tell_are_no_failure(tmp_path: Path) -> None:
     assert estimate(spec(path)) is None
 
 
+def test_what_is_quantised_takes_what_it_is_stored_as(tmp_path: Path) -> None:
+    path = folder(tmp_path / "m", {**CONFIG, "dtype": "bfloat16"})
+    tensors = {
+        "layers.0.qweight": torch.zeros(100, dtype=torch.int32),
+        "layers.0.scales": torch.zeros(10, dtype=torch.float32),
+        "layers.1.weight": torch.zeros(1000).to(torch.float8_e4m3fn),
+    }
+    save_file(tensors, path / "model.safetensors")
+    found = estimate(spec(path, engine="vllm", kv_cache_bytes=0))
+    assert found is not None
+    assert found.weights_bytes == 100 * 4 + 10 * 2 + 1000
+
+
+@pytest.mark.parametrize(
+    ("files", "nbytes"),
+    [
+        ({"pytorch_model-1.bin": 100, "pytorch_model-2.bin": 50, "training_args.bin": 7}, 150),
+        ({"model.pt": 100, "optimizer.pt": 900}, 100),
+        ({"consolidated.safetensors": 100, "consolidated.00.pth": 100}, 100),
+        ({"m.Q4_K_M.gguf": 100}, 100),
+        ({"training_args.bin": 7}, None),
+    ],
+)
+def test_files_that_vllm_alone_reads_count_by_their_size(
+    tmp_path: Path, files: dict[str, int], nbytes: int | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for name, size in files.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    served = spec(tmp_path, engine="vllm", device="cuda:GPU-1", kv_cache_bytes=1 << 20)
+    assert estimate(served) == (None if nbytes is None else Estimate(nbytes, 1 << 20))
+    assert estimate(dataclasses.replace(served, engine="transformers")) is None
+    assert streamed(served, 10) is None
+
+
 def test_a_revision_changes_with_the_files_and_with_what_is_served_of_them(tmp_path: Path) -> None:
     path = folder(tmp_path / "m")
     first = revision(spec(path))
@@ -136,6 +171,10 @@ def test_a_revision_changes_with_the_files_and_with_what_is_served_of_them(tmp_p
     assert len({revision(each) for each in vllm}) == 3
     os.utime(path / "model.safetensors", ns=(1, 1))
     assert revision(spec(path)) != first
+    for name in ("pytorch_model.bin", "m.gguf"):
+        before = revision(spec(path))
+        (path / name).write_bytes(b"x")
+        assert revision(spec(path)) != before
     assert revision(spec(tmp_path / "none")) == revision(spec(tmp_path / "none"))
 
 

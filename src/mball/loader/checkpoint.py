@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from mball.loader import header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+COMPUTED = ("F64", "F32", "BF16", "F16")
+"""Dtypes of weights that are computed with as they are, and may be cast. Quantised ones are in others."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -44,6 +47,10 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.end - self.start
+
+    def bytes_as(self, item_bytes: int) -> int:
+        """Where what is computed with takes so many bytes a number. What is quantised stays as it is stored."""
+        return math.prod(self.shape) * item_bytes if self.dtype in COMPUTED else self.nbytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mball.device.host import memory_bytes
-from mball.errors import CheckpointError
+from mball.errors import CheckpointError, UnsupportedCheckpoint
 from mball.loader.checkpoint import Checkpoint
 from mball.memory import vllm_cold
 from mball.memory.spec import WorkerSpec
@@ -34,13 +34,16 @@ _WORKING_BYTES = 64 * MiB
 """The least that is left beside weights and KV."""
 
 _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_VLLM_READS = (("*.safetensors",), ("*.bin",), ("*.pt", "*.pth"), ("*.gguf",))
+"""In this order: of a folder with files of several kinds, one kind."""
+_NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
 _STORED_AS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """Weights exactly, as the files' headers say, as far as they stay on the device; KV as the configuration does. Of a
-    model on several GPUs the equal share of one of them.
+    model on several GPUs the equal share of one of them. Of files that only vLLM reads, their sizes.
 
     `cold`: how vLLM is to have layers in host memory (None: it has none there), and `cold_bytes` what they take of it.
     """
@@ -59,13 +62,14 @@ def estimate(spec: WorkerSpec) -> Estimate | None:
     """None where the files don't tell: then the worker will. Reads headers and config.json; blocks."""
     try:
         config = json.loads((Path(spec.path) / "config.json").read_bytes())
-        checkpoint, text = Checkpoint.open(spec.path), config.get("text_config", config)
-        elements, stored = _elements(checkpoint)
-        dtype = spec.dtype or config.get("dtype") or config.get("torch_dtype") or stored
+        checkpoint, text = _checkpoint(spec), config.get("text_config", config)
+        dtype = spec.dtype or config.get("dtype") or config.get("torch_dtype") or _stored_as(checkpoint)
         item_bytes = _ITEM_BYTES[dtype]
         kv_bytes = 0 if spec.task == "embed" else _kv_bytes(spec, text, item_bytes)
-        weights_bytes, cold, cold_bytes = elements * item_bytes, None, 0
-        sizes = streamed_sizes(spec, checkpoint, int(text["num_hidden_layers"]), item_bytes)
+        weights_bytes, cold, cold_bytes = _weights_bytes(spec, checkpoint, item_bytes), None, 0
+        sizes = (
+            None if checkpoint is None else streamed_sizes(spec, checkpoint, int(text["num_hidden_layers"]), item_bytes)
+        )
         if sizes is not None and spec.engine == "vllm":
             if (cold := _cold(spec, sizes, kv_bytes)) is not None:
                 weights_bytes, cold_bytes = cold.held_bytes(sizes), cold.host_bytes(sizes)
@@ -115,10 +119,7 @@ def cold_most_bytes(spec: WorkerSpec) -> int | None:
     found, whole = estimate(spec), estimate(replace(spec, resident_layers=None))
     if found is None or whole is None or found.cold is None:
         return None
-    # Quantised weights are fewer bytes than their numbers tell.
-    stored_bytes = min(whole.weights_bytes, Checkpoint.open(spec.path).nbytes)
-    half_bytes = stored_bytes * (whole.weights_bytes + found.weights_bytes) // (2 * whole.weights_bytes)
-    return max(half_bytes, found.weights_bytes + _WORKING_BYTES)
+    return max((whole.weights_bytes + found.weights_bytes) // 2, found.weights_bytes + _WORKING_BYTES)
 
 
 def streamed_sizes(spec: WorkerSpec, checkpoint: Checkpoint, num_layers: int, item_bytes: int) -> Sizes | None:
@@ -208,17 +209,39 @@ _MATTERS = frozenset(
 
 def _files(folder: Path) -> Iterator[Path]:
     yield folder / "config.json"
-    yield from folder.glob("*.safetensors")
     yield from folder.glob("*.safetensors.index.json")
+    for patterns in _VLLM_READS:
+        for pattern in patterns:
+            yield from folder.glob(pattern)
 
 
-def _elements(checkpoint: Checkpoint) -> tuple[int, str]:
-    """Numbers in the checkpoint, and the dtype of most of its bytes."""
-    count, sizes = 0, Counter[str]()
-    for tensor in checkpoint.tensors.values():
-        count += math.prod(tensor.shape)
+def _checkpoint(spec: WorkerSpec) -> Checkpoint | None:
+    """None where vLLM will read files that are not read here. Raises CheckpointError."""
+    try:
+        return Checkpoint.open(spec.path)
+    except UnsupportedCheckpoint:
+        if spec.engine == "vllm":
+            return None
+        raise
+
+
+def _stored_as(checkpoint: Checkpoint | None) -> str:
+    """The dtype of most of its bytes."""
+    sizes = Counter[str]()
+    for tensor in checkpoint.tensors.values() if checkpoint is not None else ():
         sizes[_STORED_AS.get(tensor.dtype, "float32")] += tensor.nbytes
-    return count, sizes.most_common(1)[0][0] if sizes else "float32"
+    return sizes.most_common(1)[0][0] if sizes else "float32"
+
+
+def _weights_bytes(spec: WorkerSpec, checkpoint: Checkpoint | None, item_bytes: int) -> int:
+    """Raises ValueError where there are no weights; OSError."""
+    if checkpoint is not None:
+        return sum(tensor.bytes_as(item_bytes) for tensor in checkpoint.tensors.values())
+    for patterns in _VLLM_READS:
+        files = {file for pattern in patterns for file in Path(spec.path).glob(pattern)}
+        if nbytes := sum(file.stat().st_size for file in files if file.name not in _NO_WEIGHTS):
+            return nbytes
+    raise ValueError("there are no weights")
 
 
 def _kv_bytes(spec: WorkerSpec, text: Any, item_bytes: int) -> int:

@@ -131,11 +131,11 @@ def cells_for(wish: Wish, sizes: Sizes, *, limit_bytes: int | None = None, besid
 
 
 def sizes_of(checkpoint: Checkpoint, num_layers: int, item_bytes: int) -> Sizes:
-    """By the names of the checkpoint's tensors, whose elements take `item_bytes` each on the device."""
+    """By the names of the checkpoint's tensors, whose elements take `item_bytes` each on the device (TensorInfo.bytes_as)."""
     lists: dict[str, dict[int, int]] = {}
     rest = whole = 0
     for tensor in checkpoint.tensors.values():
-        nbytes = math.prod(tensor.shape) * item_bytes
+        nbytes = tensor.bytes_as(item_bytes)
         whole += nbytes
         found = _LAYER.match(tensor.name)
         if found is not None and int(found[2]) < num_layers:
@@ -154,7 +154,7 @@ def expert_sizes_of(checkpoint: Checkpoint, num_layers: int, item_bytes: int) ->
     experts: dict[tuple[int, int], int] = {}
     rest = whole = 0
     for tensor in checkpoint.tensors.values():
-        nbytes = math.prod(tensor.shape) * item_bytes
+        nbytes = tensor.bytes_as(item_bytes)
         whole += nbytes
         layer, expert = _LAYER.match(tensor.name), _EXPERT.search(tensor.name)
         if layer is None or expert is None or int(layer[2]) >= num_layers:
