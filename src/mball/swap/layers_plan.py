@@ -7,7 +7,6 @@ holds one layer: `slots` of them take the streamed layers in turn.
 
 from __future__ import annotations
 
-import math
 import mmap
 import re
 from dataclasses import dataclass

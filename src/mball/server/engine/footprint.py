@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +42,7 @@ def footprint(spec: WorkerSpec) -> Footprint:
     config = adapter.read_config(spec)
     dtype = adapter.choose_dtype(spec, config, checkpoint)
     text = adapter.text_config(config)
-    weights_bytes = sum(math.prod(tensor.shape) * dtype.itemsize for tensor in checkpoint.tensors.values())
+    weights_bytes = sum(tensor.bytes_as(dtype.itemsize) for tensor in checkpoint.tensors.values())
     if spec.task == "embed":
         tokens = spec.max_num_batched_tokens
         return Footprint(weights_bytes, 0, tokens * _token_activations(text) * 4)
