@@ -130,7 +130,7 @@ def cells_for(wish: Wish, sizes: Sizes, *, limit_bytes: int | None = None, besid
 
 
 def sizes_of(checkpoint: Checkpoint, num_layers: int, item_bytes: int) -> Sizes:
-    """By the names of the checkpoint's tensors, whose elements take `item_bytes` each on the device (TensorInfo.bytes_as)."""
+    """By the names of the checkpoint's tensors, computed with in `item_bytes` a number (TensorInfo.bytes_as)."""
     lists: dict[str, dict[int, int]] = {}
     rest = whole = 0
     for tensor in checkpoint.tensors.values():
