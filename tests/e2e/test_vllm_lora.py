@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,13 @@ def adapter(folder: Path, base: Path, seed: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    python, folder = vllm_python(), tmp_path_factory.mktemp("lora")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lora")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Running]:
+    python = vllm_python()
     base = folder / "tiny"
     random.make("llama", base, size_bytes=64 * MiB, seed=3)
     modules = [f"{name}={adapter(folder / name, base, seed)}" for seed, name in enumerate(("formal", "brief"))]
@@ -53,6 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         "engine": "vllm",
         "engine_python": str(python),
         "engine_args": {"enforce-eager": True, **lora},
+        "engine_env": {"VLLM_LOGGING_PREFIX": "as told "},
         "max_model_len": 256,
         "max_num_seqs": 4,
         "kv_cache_memory_bytes": "64MiB",
@@ -73,7 +80,7 @@ def ask(server: Running, model: str) -> tuple[str, list[float]]:
     return said["choices"][0]["text"], said["choices"][0]["logprobs"]["token_logprobs"]
 
 
-def test_adapters_are_models_that_sleep_and_wake_with_their_base(server: Running) -> None:
+def test_adapters_are_models_that_sleep_and_wake_with_their_base(server: Running, folder: Path) -> None:
     listed = httpx.get(f"{server.url}/v1/models", timeout=60).json()["data"]
     assert {model["id"]: model.get("parent") for model in listed} == {"tiny": None, "formal": "tiny", "brief": "tiny"}
     # The first to be asked for is an adapter: its base comes in for it.
@@ -93,3 +100,6 @@ def test_adapters_are_models_that_sleep_and_wake_with_their_base(server: Running
         assert client.model("tiny")["pid"] == pid
     answer = httpx.post(f"{server.url}/v1/completions", json={"model": "curt", "prompt": "x"}, timeout=60)
     assert answer.status_code == 404
+    # Read while vLLM is imported, in its server and in its engine.
+    log = (folder / "logs" / "tiny.log").read_text()
+    assert {"APIServer", "EngineCore"} <= set(re.findall(r"^as told \((\w+) pid=", log, re.MULTILINE))

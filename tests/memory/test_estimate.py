@@ -165,6 +165,7 @@ def test_a_revision_changes_with_the_files_and_with_what_is_served_of_them(tmp_p
     assert revision(spec(path, socket_path="/run/other", threads=7)) == first
     assert revision(spec(path, max_model_len=99)) != first
     assert revision(spec(path, engine="vllm")) != first
+    assert revision(spec(path, environment_digest="ab")) != first
     vllm = [
         spec(path, engine="vllm", engine_args=args) for args in ({}, {"quantization": "fp8"}, {"quantization": "awq"})
     ]

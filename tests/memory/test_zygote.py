@@ -45,10 +45,12 @@ def nursery(runtime_dir: Path) -> Opened:
     return opened
 
 
-async def start(nursery: Nursery, folder: Path, knobs: Knobs | None = None, **extra: str) -> WorkerProcess:
+async def start(
+    nursery: Nursery, folder: Path, knobs: Knobs | None = None, digest: str = "", **extra: str
+) -> WorkerProcess:
     worker, _ = await WorkerProcess.start(
         fake_worker.command(),
-        WorkerSpec(model="m", path="/m", socket_path=str(folder / "s"), threads=3),
+        WorkerSpec(model="m", path="/m", socket_path=str(folder / "s"), threads=3, environment_digest=digest),
         extra_environment={**(knobs or Knobs()).environment(), **extra},
         log=folder / "m.log",
         settings=QUICK,
@@ -102,6 +104,15 @@ async def test_a_forked_worker_is_the_managers_child_with_a_session_environment_
         assert not {name for name in set(opened) & set(descriptors(zygote_of(made).pid)) if name.startswith("socket")}
         await worker.stop(QUICK)
         assert worker.exit_code == 0
+
+
+async def test_one_with_an_environment_of_its_operators_is_not_forked(nursery: Opened, runtime_dir: Path) -> None:
+    """A zygote has read its own while it imported."""
+    async with nursery() as made:
+        worker = await start(made, runtime_dir, digest="ab", EXTRA="1")
+        assert not is_forked(runtime_dir)
+        assert (await worker.call("status", deadline_s=5.0))["environment"]["EXTRA"] == "1"
+        await worker.stop(QUICK)
 
 
 async def test_two_forks_have_two_random_states(nursery: Opened, runtime_dir: Path) -> None:

@@ -9,7 +9,7 @@ from mball.device.cpu import CpuDevice
 from mball.device.host import memory_bytes
 from mball.device.simulated import SimulatedDevice
 from mball.errors import ConfigError
-from mball.server.catalog import budget, build_manager, dram_budget, model_spec, swap_settings
+from mball.server.catalog import budget, build_manager, dram_budget, model_spec, model_specs, swap_settings
 from mball.server.config import Config, json_schema, load_config
 from mball.units import GiB, MiB
 
@@ -195,10 +195,33 @@ def test_an_engine_of_its_own_interpreter(tmp_path: Path) -> None:
     assert a.starts_awake
 
 
+def test_an_engines_environment(tmp_path: Path) -> None:
+    text = """
+        models:
+          - {path: a, engine: vllm, engine_env: {VLLM_USE_DEEP_GEMM: 0, HF_TOKEN: secret}}
+          - {path: b, engine: vllm, engine_env: {HF_TOKEN: secret, VLLM_USE_DEEP_GEMM: "0"}}
+          - {path: c, engine: vllm, engine_env: {HF_TOKEN: other}}
+          - {path: d, engine: vllm}
+    """
+    config = load_config(write(tmp_path, text))
+    a, b, c, d = model_specs(config, tmp_path)
+    assert a.environment.items() >= {"VLLM_USE_DEEP_GEMM": "0", "HF_TOKEN": "secret"}.items()
+    assert set(a.environment) - {"VLLM_USE_DEEP_GEMM", "HF_TOKEN"} == set(d.environment) == {"PYTHONPATH"}
+    assert a.worker.environment_digest == b.worker.environment_digest
+    assert len({a.worker.environment_digest, c.worker.environment_digest, d.worker.environment_digest, ""}) == 3
+    assert "secret" not in a.worker.to_json()
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [
         ("engine_args: {seed: 1}", "engine: vllm"),
+        ("engine_env: {A: b}", "engine: vllm"),
+        ("engine: vllm, engine_env: {PYTHONPATH: /x}", "PYTHONPATH is set by MBALL"),
+        ("engine: vllm, engine_env: {VLLM_SERVER_DEV_MODE: 0}", "VLLM_SERVER_DEV_MODE is set by MBALL"),
+        ("engine: vllm, engine_env: {MBALL_RUN: x}", "MBALL_RUN is set by MBALL"),
+        ("engine: vllm, engine_env: {A=B: x}", "'A=B' is no name"),
+        ("engine: vllm, engine_env: {A: true}", "valid string"),
         ("engine_python: /v/bin/python", "engine: vllm"),
         ("engine: vllm, resident_experts: 3", "engine: transformers"),
         ("engine: vllm, resident_layers: 3, engine_args: {offload-group-size: 4}", "offload-group-size exclude"),

@@ -203,6 +203,7 @@ _MATTERS = frozenset(
         "kv_cache_bytes",
         "engine",
         "engine_args",
+        "environment_digest",
     }
 )
 

@@ -120,7 +120,8 @@ class Nursery:
 
     async def _fork(self, birth: Birth) -> Child | None:
         zygote = self._zygotes.get(tuple(birth.command))
-        if zygote is None:
+        # Much of an environment is read while modules are imported, which a fork has behind it.
+        if zygote is None or birth.spec.environment_digest:
             return None
         try:
             pid = await zygote.fork(birth.spec, birth.environment, birth.channel, birth.log)

@@ -31,7 +31,8 @@ class WorkerSpec:
     inside at once lately (0: not known). `enable_prefix_caching`: KV of sequences that ended is kept for those that
     begin alike. `kv_arena_bytes` of host memory are for KV blocks that left the device (None: a modest part on a GPU,
     none on the CPU); a store of blocks is used through it. `engine_python` is the interpreter of an engine that has one
-    of its own, `engine_args` are options by that engine's names.
+    of its own, `engine_args` are options by that engine's names. `environment_digest` is the SHA-256 of what its operator
+    gives it of an environment (empty: nothing), which may be secret, where a spec may be seen by all users.
     """
 
     model: str
@@ -57,6 +58,7 @@ class WorkerSpec:
     engine: Engine = "transformers"
     engine_python: str | None = None
     engine_args: Mapping[str, Any] = field(default_factory=dict)
+    environment_digest: str = ""
 
     @property
     def starts_awake(self) -> bool:

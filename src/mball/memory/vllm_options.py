@@ -44,6 +44,16 @@ OURS = frozenset(
 )
 """vLLM's options that MBALL sets, or that would let others in."""
 
+_SET = {
+    # /sleep, /wake_up and /collective_rpc: on the unix socket, which is this user's alone.
+    "VLLM_SERVER_DEV_MODE": "1",
+    SLEEP_ENVIRONMENT: "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+}
+_OURS_OF_ENVIRONMENT = {*_SET, "CUDA_VISIBLE_DEVICES", "PYTHONPATH"}
+
 
 def check_engine_args(engine_args: Mapping[str, Any]) -> None:
     """Raises ConfigError for an option that is not the operator's to give."""
@@ -52,6 +62,15 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> None:
             raise ConfigError(f"engine_args: {name} is set by MBALL{_INSTEAD.get(plain, '')}")
         if plain in PARALLEL and (not isinstance(value, int) or value < 1):
             raise ConfigError(f"engine_args: {name} is {value!r}, not a number of GPUs")
+
+
+def check_engine_env(engine_env: Mapping[str, str]) -> None:
+    """Raises ConfigError for a variable that is not the operator's to give, or that is none."""
+    for name, value in engine_env.items():
+        if not name or "=" in name or "\0" in name + value:
+            raise ConfigError(f"engine_env: {name!r} is no name and value of an environment")
+        if name in _OURS_OF_ENVIRONMENT or name.startswith("MBALL_"):
+            raise ConfigError(f"engine_env: {name} is set by MBALL")
 
 
 def adapters(engine_args: Mapping[str, Any]) -> list[str]:
@@ -200,12 +219,7 @@ def environment(inherited: Mapping[str, str], kv_socket: Path | None = None, kv_
     `kv_identity`: SHA-256 of what KV is computed with."""
     return {
         **inherited,
-        # /sleep, /wake_up and /collective_rpc: on the unix socket, which is this user's alone.
-        "VLLM_SERVER_DEV_MODE": "1",
-        SLEEP_ENVIRONMENT: "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_DO_NOT_TRACK": "1",
-        "TRANSFORMERS_OFFLINE": "1",
+        **_SET,
         **({} if kv_socket is None else {KV_ENVIRONMENT: str(kv_socket), KV_IDENTITY_ENVIRONMENT: kv_identity}),
     }
 

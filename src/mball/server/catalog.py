@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,10 @@ def model_specs(config: Config, runtime_dir: Path) -> list[ModelSpec]:
     specs = [model_spec(model, config) for model in config.models]
     if any(spec.worker.engine == "vllm" for spec in specs):
         path = search_path(runtime_dir / "vllm")
-        specs = [replace(s, environment={"PYTHONPATH": path}) if s.worker.engine == "vllm" else s for s in specs]
+        specs = [
+            replace(s, environment={**s.environment, "PYTHONPATH": path}) if s.worker.engine == "vllm" else s
+            for s in specs
+        ]
     return specs
 
 
@@ -134,6 +139,7 @@ def model_spec(model: ModelConfig, config: Config) -> ModelSpec:
         engine=model.engine,
         engine_python=str(model.engine_python.expanduser()) if model.engine_python is not None else None,
         engine_args=_engine_args(model),
+        environment_digest=_digest(model.engine_env) if model.engine_env else "",
     )
     return ModelSpec(
         worker,
@@ -143,6 +149,7 @@ def model_spec(model: ModelConfig, config: Config) -> ModelSpec:
         keep_alive_s=model.keep_alive_s,
         max_queue=model.max_queue,
         devices=tuple(device.name for device in open_devices(model.device)),
+        environment=model.engine_env,
     )
 
 
@@ -162,6 +169,10 @@ def _engine_args(model: ModelConfig) -> dict[str, Any]:
     if model.engine == "vllm" and "max_num_batched_tokens" in model.model_fields_set:
         return {"max_num_batched_tokens": model.max_num_batched_tokens, **model.engine_args}
     return model.engine_args
+
+
+def _digest(environment: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()
 
 
 def _command(spec: ModelSpec) -> list[str]:

@@ -20,7 +20,7 @@ from pydantic_settings import (
 )
 
 from mball.errors import ConfigError
-from mball.memory.vllm_options import adapters, check_engine_args, check_kv, offloads
+from mball.memory.vllm_options import adapters, check_engine_args, check_engine_env, check_kv, offloads
 from mball.swap.layout import SLOT_BYTES
 from mball.units import GiB, MiB, parse_bytes
 
@@ -60,6 +60,11 @@ class ModelConfig(BaseModel):
     )
     engine_args: dict[str, Any] = Field(
         default_factory=dict, description="Options of the engine by its own names, for vllm: {tensor_parallel_size: 2}."
+    )
+    engine_env: dict[str, Annotated[str, Field(coerce_numbers_to_str=True)]] = Field(
+        default_factory=dict,
+        description="Environment variables of the engine, for vllm: {VLLM_LOGGING_LEVEL: DEBUG}. It is started afresh "
+        "then, not forked, which takes longer: many are read while modules are imported.",
     )
     task: Literal["auto", "generate", "embed"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -113,8 +118,8 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _options_are_of_its_engine(self) -> Self:
-        if self.engine == "transformers" and (self.engine_args or self.engine_python):
-            raise ValueError("engine_python and engine_args are for engine: vllm")
+        if self.engine == "transformers" and (self.engine_args or self.engine_env or self.engine_python):
+            raise ValueError("engine_python, engine_args and engine_env are for engine: vllm")
         if self.engine == "vllm":
             if self.resident_experts is not None:
                 raise ValueError("resident_experts are for engine: transformers; vllm has resident_layers")
@@ -122,6 +127,7 @@ class ModelConfig(BaseModel):
                 raise ValueError(f"resident_layers and engine_args: {', '.join(given)} exclude each other")
             try:
                 check_engine_args(self.engine_args)
+                check_engine_env(self.engine_env)
                 check_kv(self.kv_arena_bytes, self.engine_args)
                 adapters(self.engine_args)
             except ConfigError as error:

@@ -151,7 +151,9 @@ def kv_identity(spec: WorkerSpec) -> str:
     folder = Path(spec.path)
     shards = [sampled(shard) for shard in Checkpoint.open(folder).shards]
     config = folder / "config.json"
-    options = json.dumps({"dtype": spec.dtype, "device": spec.device.split(":")[0], **spec.engine_args}, sort_keys=True)
+    given = {"environment": spec.environment_digest} if spec.environment_digest else {}
+    said = {"dtype": spec.dtype, "device": spec.device.split(":")[0], **given, **spec.engine_args}
+    options = json.dumps(said, sort_keys=True)
     return digest(*shards, config.read_bytes() if config.is_file() else b"", options).hex()
 
 
