@@ -31,8 +31,8 @@ class WorkerSpec:
     inside at once lately (0: not known). `enable_prefix_caching`: KV of sequences that ended is kept for those that
     begin alike. `kv_arena_bytes` of host memory are for KV blocks that left the device (None: a modest part on a GPU,
     none on the CPU); a store of blocks is used through it. `engine_python` is the interpreter of an engine that has one
-    of its own, `engine_args` are options by that engine's names. `environment_digest` is the SHA-256 of what its operator
-    gives it of an environment (empty: nothing), which may be secret, where a spec may be seen by all users.
+    of its own, `engine_args` are options by that engine's names. `environment_digest` is the SHA-256 of the environment
+    that its operator gives it (empty: none): that may be secret, and a spec is seen by all users.
     """
 
     model: str
