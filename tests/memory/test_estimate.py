@@ -137,6 +137,25 @@ def test_what_is_quantised_takes_what_it_is_stored_as(tmp_path: Path) -> None:
     assert found.weights_bytes == 100 * 4 + 10 * 2 + 1000
 
 
+def test_kv_is_what_vllm_keeps_of_a_token(tmp_path: Path) -> None:
+    path = folder(tmp_path / "m", {**CONFIG, "max_position_embeddings": 64})
+    plain = spec(path, engine="vllm", device="cuda:GPU-1", max_num_seqs=3)
+    one = estimate(plain)
+    assert one is not None
+    for given in ({"kv_cache_dtype": "fp8"}, {"kv-cache-dtype": "fp8_e5m2"}):
+        eighth = estimate(dataclasses.replace(plain, engine_args=given))
+        assert eighth is not None
+        assert eighth.kv_bytes == one.kv_bytes // 2
+    latent = folder(
+        tmp_path / "l", {**CONFIG, "max_position_embeddings": 64, "kv_lora_rank": 20, "qk_rope_head_dim": 4}
+    )
+    for tensor, device in ((1, "cuda:0"), (2, "cuda:0+cuda:1")):
+        found = estimate(spec(latent, engine="vllm", device=device, engine_args={"tensor_parallel_size": tensor}))
+        assert found is not None
+        # Each GPU has all of it: there are no heads to divide.
+        assert found.kv_bytes == (1 + 8 * 4) * 16 * 2 * (20 + 4) * 2
+
+
 @pytest.mark.parametrize(
     ("files", "nbytes"),
     [

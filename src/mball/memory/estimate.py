@@ -246,12 +246,23 @@ def _weights_bytes(spec: WorkerSpec, checkpoint: Checkpoint | None, item_bytes: 
 
 
 def _kv_bytes(spec: WorkerSpec, text: Any, item_bytes: int) -> int:
-    heads = int(text["num_attention_heads"])
-    kv_heads = int(text.get("num_key_value_heads") or heads)
-    head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
     # Of one GPU: a head is divided no further, so those that have one together have a copy each.
     tensor, pipeline = _parallel(spec)
-    kv_heads, layers = -(-kv_heads // tensor), -(-int(text["num_hidden_layers"]) // pipeline)
-    block_bytes = spec.block_size * 2 * layers * kv_heads * head_dim * item_bytes
+    layers = -(-int(text["num_hidden_layers"]) // pipeline)
+    if spec.engine == "vllm" and text.get("kv_lora_rank"):
+        # Multi-head latent attention: what all heads' keys and values are made from.
+        numbers = int(text["kv_lora_rank"]) + int(text.get("qk_rope_head_dim") or 0)
+    else:
+        heads = int(text["num_attention_heads"])
+        kv_heads = int(text.get("num_key_value_heads") or heads)
+        numbers = 2 * -(-kv_heads // tensor) * int(text.get("head_dim") or text["hidden_size"] // heads)
+    block_bytes = spec.block_size * layers * numbers * _kv_item_bytes(spec, item_bytes)
     longest = text.get("max_position_embeddings")
     return kv_blocks(spec, None if longest is None else int(longest), block_bytes) * block_bytes
+
+
+def _kv_item_bytes(spec: WorkerSpec, item_bytes: int) -> int:
+    """vLLM may keep KV in another dtype than it computes with."""
+    given = {name.replace("-", "_"): value for name, value in spec.engine_args.items()}
+    dtype = str(given.get("kv_cache_dtype", "auto"))
+    return 1 if dtype.startswith("fp8") else _ITEM_BYTES.get(dtype, item_bytes)
