@@ -60,9 +60,9 @@ def server(folder: Path) -> Iterator[Running]:
         "engine_python": str(python),
         "engine_args": {"enforce-eager": True, **lora},
         "engine_env": {"VLLM_LOGGING_PREFIX": "as told "},
-        "max_model_len": 256,
         "max_num_seqs": 4,
-        "kv_cache_memory_bytes": "64MiB",
+        # Of the model's own context a part.
+        "kv_cache_memory_bytes": "16MiB",
     }
     config = folder / "mball.yaml"
     settings = {"device_memory_bytes": 900 * MiB, "start_timeout_s": 400, "zygote": False}
@@ -98,6 +98,10 @@ def test_adapters_are_models_that_sleep_and_wake_with_their_base(server: Running
     assert ask(server, "brief") == brief
     with Client(server.url) as client:
         assert client.model("tiny")["pid"] == pid
+    long = {"model": "tiny", "prompt": [5] * 8000, "max_tokens": 1}
+    refused = httpx.post(f"{server.url}/v1/completions", json=long, timeout=500)
+    assert refused.status_code == 400
+    assert "maximum context length" in refused.json()["error"]["message"]
     answer = httpx.post(f"{server.url}/v1/completions", json={"model": "curt", "prompt": "x"}, timeout=60)
     assert answer.status_code == 404
     # Read while vLLM is imported, in its server and in its engine.

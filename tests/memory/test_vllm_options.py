@@ -30,10 +30,17 @@ def given(**engine_args: Any) -> str:
 
 def test_what_mball_says() -> None:
     assert given() == (
-        "--model /models/m --served-model-name m --load-format mball --max-num-seqs 4 --uds /run/m.sock "
+        "--model /models/m --served-model-name m --load-format mball --max-num-seqs 4 --max-model-len auto "
+        "--uds /run/m.sock "
         "--kv-cache-memory-bytes 1073741824 --enable-sleep-mode "
         "--middleware mball.server.worker.vllm_tenants.TenantSalt --worker-cls mball.memory.vllm_cpu.SleepingCpuWorker"
     )
+
+
+def test_the_context_is_the_models_or_what_kv_has_room_for() -> None:
+    assert "--max-model-len auto" in given()
+    assert "--max-model-len 7" in given(**{"max-model-len": 7})
+    assert "--max-model-len" not in " ".join(arguments(replace(SPEC, task="embed"), 1))
 
 
 def test_on_a_gpu_its_own_worker_is_extended() -> None:

@@ -170,7 +170,8 @@ def arguments(spec: WorkerSpec, kv_bytes: int, cold: Cold | None = None) -> list
         "load_format": LOAD_FORMAT,
         "max_num_seqs": spec.max_num_seqs,
         "max_cudagraph_capture_size": capture_size(spec),
-        "max_model_len": spec.max_model_len,
+        # By itself vLLM does not start where KV has no room for a sequence as long as the model's longest.
+        "max_model_len": spec.max_model_len or ("auto" if spec.task == "generate" else None),
         "dtype": spec.dtype,
         "trust_remote_code": spec.trust_remote_code or None,
         "enable_prefix_caching": None if spec.enable_prefix_caching else False,

@@ -68,7 +68,11 @@ class ModelConfig(BaseModel):
     )
     task: Literal["auto", "generate", "embed"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    max_model_len: int | None = Field(default=None, ge=1, description="Tokens of context; the model's own by default.")
+    max_model_len: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens of context; the model's own by default, with vllm as far as KV has room.",
+    )
     max_num_seqs: int = Field(default=8, ge=1, le=1024, description="Sequences in one batch.")
     max_num_batched_tokens: int = Field(default=512, ge=1, description="Tokens in one step of the engine.")
     kv_cache_memory_bytes: ConfigSize | None = Field(
