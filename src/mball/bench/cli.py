@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +17,10 @@ app = typer.Typer(help="Measure this machine, MBALL and its peers.", no_args_is_
 
 
 @app.callback()
-def _bench() -> None:
-    pass
+def _bench(context: typer.Context) -> None:
+    # As Ctrl-C does: the servers that a benchmark has started end with it.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    context.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
 
 
 @app.command()
