@@ -143,9 +143,9 @@ def test_kv_is_what_vllm_keeps_of_a_token(tmp_path: Path) -> None:
     one = estimate(plain)
     assert one is not None
     for given in ({"kv_cache_dtype": "fp8"}, {"kv-cache-dtype": "fp8_e5m2"}):
-        eighth = estimate(dataclasses.replace(plain, engine_args=given))
-        assert eighth is not None
-        assert eighth.kv_bytes == one.kv_bytes // 2
+        half = estimate(dataclasses.replace(plain, engine_args=given))
+        assert half is not None
+        assert half.kv_bytes == one.kv_bytes // 2
     latent = folder(
         tmp_path / "l", {**CONFIG, "max_position_embeddings": 64, "kv_lora_rank": 20, "qk_rope_head_dim": 4}
     )
@@ -176,6 +176,7 @@ def test_files_that_vllm_alone_reads_count_by_their_size(
     assert estimate(served) == (None if nbytes is None else Estimate(nbytes, 1 << 20))
     assert estimate(dataclasses.replace(served, engine="transformers")) is None
     assert streamed(served, 10) is None
+    assert estimate(dataclasses.replace(served, resident_layers=1)) is None, "of their layers nothing is known"
 
 
 def test_a_revision_changes_with_the_files_and_with_what_is_served_of_them(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from mball.loader import header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-COMPUTED = ("F64", "F32", "BF16", "F16")
-"""Dtypes of weights that are computed with as they are, and may be cast. Quantised ones are in others."""
+COMPUTED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Dtypes of weights that are computed with as they are, and may be cast, with torch's names. Quantised ones are in
+others."""
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mball.device.host import memory_bytes
 from mball.errors import CheckpointError, UnsupportedCheckpoint
-from mball.loader.checkpoint import Checkpoint
+from mball.loader.checkpoint import COMPUTED, Checkpoint
 from mball.memory import vllm_cold
 from mball.memory.spec import WorkerSpec
 from mball.memory.vllm_cold import Cold
@@ -37,7 +37,6 @@ _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _VLLM_READS = (("*.safetensors",), ("*.bin",), ("*.pt", "*.pth"), ("*.gguf",))
 """In this order: of a folder with files of several kinds, one kind."""
 _NO_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})
-_STORED_AS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,20 +216,21 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _checkpoint(spec: WorkerSpec) -> Checkpoint | None:
-    """None where vLLM will read files that are not read here. Raises CheckpointError."""
+    """None where vLLM will read files that are not read here, and layers need not be told apart. Raises
+    CheckpointError."""
     try:
         return Checkpoint.open(spec.path)
     except UnsupportedCheckpoint:
-        if spec.engine == "vllm":
-            return None
-        raise
+        if spec.engine != "vllm" or spec.streamed:
+            raise
+        return None
 
 
 def _stored_as(checkpoint: Checkpoint | None) -> str:
     """The dtype of most of its bytes."""
     sizes = Counter[str]()
     for tensor in checkpoint.tensors.values() if checkpoint is not None else ():
-        sizes[_STORED_AS.get(tensor.dtype, "float32")] += tensor.nbytes
+        sizes[COMPUTED.get(tensor.dtype, "float32")] += tensor.nbytes
     return sizes.most_common(1)[0][0] if sizes else "float32"
 
 
@@ -263,6 +263,5 @@ def _kv_bytes(spec: WorkerSpec, text: Any, item_bytes: int) -> int:
 
 def _kv_item_bytes(spec: WorkerSpec, item_bytes: int) -> int:
     """vLLM may keep KV in another dtype than it computes with."""
-    given = {name.replace("-", "_"): value for name, value in spec.engine_args.items()}
-    dtype = str(given.get("kv_cache_dtype", "auto"))
+    dtype = str(spec.engine_options.get("kv_cache_dtype", "auto"))
     return 1 if dtype.startswith("fp8") else _ITEM_BYTES.get(dtype, item_bytes)

@@ -66,6 +66,11 @@ class WorkerSpec:
         return self.engine == "vllm"
 
     @property
+    def engine_options(self) -> dict[str, Any]:
+        """`engine_args` by one spelling of their names."""
+        return {name.replace("-", "_"): value for name, value in self.engine_args.items()}
+
+    @property
     def ranks(self) -> int:
         """Processes of its engine that compute, each on a GPU of its own where there are any."""
         return math.prod(self.parallel)
@@ -73,8 +78,7 @@ class WorkerSpec:
     @property
     def parallel(self) -> tuple[int, int]:
         """How many have a part of every layer each, and into how many stages the layers are divided."""
-        given = {name.replace("-", "_"): value for name, value in self.engine_args.items()}
-        tensor, pipeline = (int(given.get(name) or 1) for name in PARALLEL)
+        tensor, pipeline = (int(self.engine_options.get(name) or 1) for name in PARALLEL)
         return tensor, pipeline
 
     @property

@@ -134,8 +134,7 @@ def check_cold(spec: WorkerSpec) -> None:
 def capture_size(spec: WorkerSpec) -> int | None:
     """The largest batch that vLLM is to capture a graph of: twice what was asked at once lately, as a power of two, and
     not so few that a busier day would suffer for it. None where it is vLLM's to choose, or would be as large."""
-    given = {name.replace("-", "_") for name in spec.engine_args}
-    if not spec.busy_requests or not spec.device.startswith("cuda") or given & _CAPTURING:
+    if not spec.busy_requests or not spec.device.startswith("cuda") or spec.engine_options.keys() & _CAPTURING:
         return None
     wanted = 1 << (2 * spec.busy_requests - 1).bit_length()
     size = max(_LEAST_CAPTURED, wanted)
@@ -175,7 +174,7 @@ def arguments(spec: WorkerSpec, kv_bytes: int, cold: Cold | None = None) -> list
         "dtype": spec.dtype,
         "trust_remote_code": spec.trust_remote_code or None,
         "enable_prefix_caching": None if spec.enable_prefix_caching else False,
-        **{name.replace("-", "_"): value for name, value in spec.engine_args.items()},
+        **spec.engine_options,
         "uds": spec.socket_path,
         "kv_cache_memory_bytes": kv_bytes,
         "enable_sleep_mode": True,

@@ -115,7 +115,7 @@ class VllmVerbs:
         self._fingerprints = loaded
         # An adapter's weights are in none of the model's files, and a reload would fill the buffers that cold layers
         # pass through with the last of them.
-        adapters = any(name.replace("-", "_") == "enable_lora" for name in spec.engine_args)
+        adapters = "enable_lora" in spec.engine_options
         self._forgets = not adapters and spec.resident_layers is None
 
     def table(self) -> dict[str, Handler]:
